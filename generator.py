@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""The latent-mixture generator, and the few-step sampler that teacher and generator share.
+
+    p_theta(x) = E_eps prod_i Cat(x_i; G_i(eps))                    IDLM, arXiv 2602.19066, sec. 4
+
+eps = (x_tilde, sigma, z): real text noised to a random level t_tilde, which is what the generator
+meets at every step of sampling, and optionally a Gaussian latent z. Tokens are independent only
+given eps, so the mixture carries dependencies that one factorised pass cannot. What a copy of the
+teacher has to unlearn is to answer with marginals: under the IDLM loss its rows turn into atoms.
+
+One pass of the masked process starts from an all-[MASK] text, which holds no randomness: there the
+mixture has a single component, and z is what repairs it (z of N(0, 1) per position, through a
+random projection at the scale of the embeddings, added where the input is [MASK]).
+
+Sampling counts t down from 1 to 0; N steps are at most N network passes.
+To reuse: copy this file, teacher.py and idlm_loss.py.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+
+from idlm_loss import device_rng, in_chunks, sample_categorical, upcast
+from teacher import Masked
+
+
+class Latent(NamedTuple):
+    """eps, the inputs of the generator's network in its order: net.hidden(*eps)."""
+    x: torch.Tensor                         # x_tilde: (B, L) tokens, or a soft input (model.py)
+    sigma: torch.Tensor                     # (B,)
+    z: torch.Tensor = None                  # (B, L, latent_dim), 0 at visible positions
+
+
+def gaussian_latent(net, x, mask_id, rng):
+    """z ~ N(0, 1) at the masked positions of x (B, L), or None for a network without a latent."""
+    if not net.config.latent_dim:
+        return None
+    rng = device_rng(rng, net.device)
+    z = torch.randn(*x.shape, net.config.latent_dim, generator=rng, device=net.device)
+    return z * (x == mask_id).to(net.device, non_blocking=True)[..., None]
+
+
+def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
+    """eps for the texts x_0 (B, L) at levels t_tilde (B,).
+
+    soft (uniform process): the network reads the Gaussian state of x_0 at t_tilde, as published.
+    """
+    if soft:
+        x, _ = process.soft_corrupt(x_0.to(net.device), t_tilde, rng)
+        return Latent(x, -process.gaussian(t_tilde)[2].log())
+    x = process.corrupt(x_0, t_tilde, rng)
+    z = gaussian_latent(net, x, process.K, rng) if isinstance(process, Masked) else None
+    return Latent(x, process.sigma(t_tilde), z)
+
+
+def generate_probs(net, process, eps):
+    """x_0_probs (B, L, K), rows on the simplex: all of G(eps) at once, for small vocabularies."""
+    x = eps.x if torch.is_tensor(eps.x) else eps.x[1][..., 0]
+    return process.log_probs(net(*eps), x.to(net.device)).exp()
+
+
+@torch.no_grad()
+def mixture_log_prob(net, process, x_0, latents):
+    """Monte-Carlo log p_theta(x_0) ~= log mean_k prod_i G_i(eps_k)[x_i], nats per text.
+
+    x_0 (B, L); latents: an iterable of eps, K independent draws for those B texts. Biased low: the
+    log of an average is below the average's log in expectation (Jensen), less so as K grows, so
+    the true log-likelihood is at least what this converges to from below.
+    """
+    terms = []
+    for eps in latents:
+        log_G = process.log_probs(net(*eps), eps.x.to(net.device))
+        terms.append(log_G.gather(-1, x_0.to(net.device)[..., None])[..., 0].sum(-1))
+    return torch.stack(terms).logsumexp(0) - math.log(len(terms))
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+class Sample(NamedTuple):
+    tokens: torch.Tensor                    # (B, L) int64, on the CPU
+    nfe: torch.Tensor                       # (B,) network passes that each text took, <= steps
+
+
+def warp(logits, temperature, top_p):                      # (N, K) -> (N, K)
+    """Divide by the temperature; then keep the fewest words that hold the share top_p."""
+    logits = upcast(logits) / temperature
+    if top_p < 1:
+        ordered, ids = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, -torch.inf))
+    return logits
+
+
+def uniforms(n, rng, device):
+    u = torch.rand(n, generator=rng, device=rng.device, dtype=torch.float64)
+    return (u.float() if device.type == "mps" else u).to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_p=1.0, prompt=None,
+           ending="ancestral", fixed_z=False, callback=None):
+    """Write num_texts texts of `length` tokens in at most `steps` network passes.
+
+    net       a DiT: the teacher, or the generator in its place
+    rng       a CPU torch.Generator: equal seeds give equal texts
+    prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
+    ending    uniform process: 'ancestral', 'greedy' (last step: the likeliest word given also the
+              token it stands on), 'greedy-published' (the likeliest word under the network alone)
+    fixed_z   one Gaussian latent for all steps instead of a fresh one at each
+    callback  called with (step, x_t (B, L)) after every step, for showing
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    free = torch.ones(num_texts, length, dtype=torch.bool)
+    x = process.prior(num_texts, length, rng)
+    if prompt is not None:
+        prompt = prompt.expand(num_texts, length)
+        free = prompt < 0
+        x = torch.where(free, x, prompt)
+    walk = sample_masked if isinstance(process, Masked) else sample_uniform
+    was_training = net.training
+    x, nfe = walk(net.eval(), process, x, free, steps, rng,
+                  lambda logits: warp(logits[:, :process.K], temperature, top_p),
+                  ending=ending, fixed_z=fixed_z, callback=callback)
+    net.train(was_training)
+    return Sample(x.cpu(), nfe)
+
+
+def sample_masked(net, process, x, is_masked, steps, rng, warped, *, fixed_z, callback, **_):
+    """Reverse steps of the masked process. Which positions a step reveals is drawn first, on the
+    CPU: texts that reveal nothing are not passed through the network, and the head runs at the
+    revealed positions alone."""
+    nfe = torch.zeros(len(x), dtype=torch.int64)
+    blank = bool(is_masked.all())                          # all texts equal: one pass serves them all
+    z_fixed = gaussian_latent(net, x, process.mask_id, rng) if fixed_z else None
+    x = x.to(net.device)
+    for i in range(steps):
+        reveal = process.reveal(is_masked, 1 - i / steps, 1 - (i + 1) / steps, rng)
+        texts = reveal.any(1).nonzero()[:, 0]
+        if len(texts):
+            here = reveal[texts].flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
+            everyone = len(texts) == len(x)
+            x_in = x if everyone else x[texts.to(x.device)]
+            sigma = torch.zeros(len(x_in), device=x.device)
+            if net.config.latent_dim:
+                z = gaussian_latent(net, x_in, process.mask_id, rng) if z_fixed is None else \
+                    z_fixed[texts.to(x.device)] * (x_in == process.mask_id)[..., None]
+                h = net.hidden(x_in, sigma, z)
+            elif blank:
+                h = net.hidden(x_in[:1], sigma[:1]).expand(len(x_in), -1, -1)
+            else:
+                h = net.hidden(x_in, sigma)
+            rows = h.reshape(-1, h.shape[-1])[here]
+            tokens = in_chunks(lambda h, u: sample_categorical(warped(net.project(h)), u), process.K,
+                               rows, uniforms(len(rows), rng, x.device))
+            x_in = x_in.flatten().index_copy(0, here, tokens).view_as(x_in)
+            x = x_in if everyone else x.index_copy(0, texts.to(x.device), x_in)
+            is_masked, blank = is_masked & ~reveal, False
+            nfe[texts] += 1
+        if callback:
+            callback(i, x)
+    return x, nfe
+
+
+def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s):   # (N, K), (N,) x3 -> (N,)
+    """x_s ~ q(x_s | x_t = z, f), Uniform.posterior, as the mixture that it is.
+
+    Up to 1 / (K alpha_t f_z + 1 - alpha_t) the posterior puts K alpha_t f_z + alpha_ts - alpha_t on
+    staying at z, spreads alpha_s - alpha_t as f and (1 - alpha_ts)(1 - alpha_s) evenly: choose the
+    part, then draw in it, and the posterior itself is never formed.
+    """
+    K, a_ts = logits.shape[-1], alpha_t / alpha_s
+    f_z = (logits.gather(1, z[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+    move, spread = alpha_s - alpha_t, (1 - a_ts) * (1 - alpha_s)
+    u = u_kind * (K * alpha_t * f_z + 1 - alpha_t)
+    drawn = sample_categorical(logits, u_word)
+    even = (u_word * K).long().clamp(max=K - 1)
+    return torch.where(u < move, drawn, torch.where(u < move + spread, even, z))
+
+
+def greedy_end(logits, z, alpha_t, published=False):       # (N, K), (N,) -> (N,)
+    """argmax over v of f_v q(z | v): f is a leave-one-out posterior, so the token z under it has
+    still to be weighed in. The published form takes the argmax of f alone."""
+    if not published:
+        bonus = math.log1p(logits.shape[-1] * alpha_t / (1 - alpha_t))
+        logits = logits.scatter_add(1, z[:, None], torch.full_like(logits[:, :1], bonus))
+    return logits.argmax(-1)
+
+
+def sample_uniform(net, process, x, free, steps, rng, warped, *, ending, callback, **_):
+    """Reverse steps of the uniform process; every step is one pass over every text."""
+    if ending not in ("ancestral", "greedy", "greedy-published"):
+        raise ValueError(f"ending {ending!r}: choose ancestral, greedy or greedy-published")
+    x, free = x.to(net.device), free.to(net.device)
+    for i in range(steps):
+        t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps], dtype=torch.float64)
+        alpha_t, alpha_s = process.alpha(t)[0].tolist()
+        sigma = process.sigma(t[:1]).float().expand(len(x))
+        h = net.hidden(x, sigma).flatten(0, 1)
+        if i == steps - 1 and ending != "ancestral":
+            new = in_chunks(lambda h, z: greedy_end(warped(net.project(h)), z, alpha_t,
+                                                    ending == "greedy-published"),
+                            process.K, h, x.flatten())
+        else:
+            u = [uniforms(x.numel(), rng, x.device) for _ in range(2)]
+            new = in_chunks(lambda h, z, u1, u2: uniform_step(warped(net.project(h)), z, u1, u2,
+                                                              alpha_t, alpha_s),
+                            process.K, h, x.flatten(), *u)
+        x = torch.where(free, new.view_as(x), x)
+        if callback:
+            callback(i, x)
+    return x, torch.full((len(x),), steps)

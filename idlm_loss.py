@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: MIT
+"""Inverse distillation: the two losses that turn a diffusion teacher into a few-step generator.
+
+    L_IDLM(theta) = L(f*, p_theta) - min_f L(f, p_theta)            IDLM, arXiv 2602.19066, eq. (7)
+
+L is the teacher's own training loss, a bound on -log p (NELBO); f* the frozen teacher; the inner
+minimum is held by `fake`, a diffusion model trained on the generator's outputs. An iteration is
+
+    fake step        fake_loss: NELBO of the fake on G          gradient to the fake alone
+    generator step   generator_loss: NELBO(f*) - NELBO(f)       gradient to the generator alone
+
+both on the same path: draw a latent eps, let G = generator(eps) be rows on the simplex, noise *G*
+to a second time t, and show x_t to fake and teacher. In exact arithmetic the loss is
+KL(p_theta || p*) less the KL of the two laws after noising to t = 1, so it is 0 only at p_theta = p*.
+
+Time: t = 0 is clean, t = 1 noise. Shapes: B batch, L positions, D width, K words ([MASK] is no
+word; where there is one it is the last token id, K). Losses are in nats per token of the text,
+averaged over all B * L positions.
+
+A *network* here is anything with
+    hidden(x, sigma, ...) -> (B, L, D)       the trunk
+    project(rows)         -> (N, >= K)       logits of any rows of it
+and `eps` is the tuple of the generator's inputs, eps[0] = the noised tokens (B, L).
+
+What differs from the formula on paper is only where it is evaluated: the vocabulary projection
+runs at the positions that count, in chunks that the backward pass recomputes, so that
+(positions x vocabulary) never exists as a whole. tests/test_idlm_loss.py holds the dense formulas.
+
+Differences from the authors' code: positions gathered; log-softmax in float32 and no +-1e6
+constants; `hard` and `marginal` updates for the uniform process beside their `soft` one.
+To reuse: copy this file alone (it needs torch and nothing else).
+"""
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+COMPILE = False           # True: the row formulas below run through torch.compile (train.py sets it)
+CHUNK_ELEMENTS = 2 ** 27  # rows x vocabulary held at once: 0.25 GiB of bfloat16 logits
+
+
+# ---- tools: rows, chunks, draws -----------------------------------------------------------------
+
+def upcast(logits):
+    """float32 for logits in half precision: in bfloat16 the rows of a softmax sum to 0.93 ... 1.07."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def fused(formula):
+    """The formula itself, or its compiled form: one read of the logits where eager takes six."""
+    return _compiled(formula) if COMPILE else formula
+
+
+@lru_cache(maxsize=None)
+def _compiled(formula):
+    return torch.compile(formula)
+
+
+def in_chunks(fn, width, *rows):
+    """fn over chunks of the leading dimension of `rows`, concatenated; recomputed in the backward.
+
+    width: elements that fn holds per row (the vocabulary). fn must return a tensor of n rows for
+    n rows. Without recomputation the logits of all chunks would wait in memory for the backward.
+    """
+    size = max(1, CHUNK_ELEMENTS // width)
+    if len(rows[0]) <= size and len(rows[0]) * width <= 2 ** 22:     # small: keep it
+        return fn(*rows)
+    parts = zip(*(r.split(size) for r in rows))
+    if not torch.is_grad_enabled():
+        return torch.cat([fn(*part) for part in parts])
+    return torch.cat([checkpoint(fn, *part, use_reentrant=False) for part in parts])
+
+
+def sample_categorical(logits, u):
+    """One token per row by inverting the cumulative distribution at u.  # (N, K), (N,) -> (N,)
+
+    u: uniform in [0, 1), one number per row. Two levels (blocks of words, then words of the block)
+    keep the cumulative sums short; they run in float64 where the device has it, so that rare
+    tokens keep their probability: a float32 sum over 50,257 words, or float32 Gumbel noise, loses
+    the tail (arXiv 2409.02908). Exact up to the float32 rounding of the softmax itself.
+    """
+    precise = torch.float32 if logits.device.type == "mps" else torch.float64
+    K = logits.shape[-1]
+    block = max(1, int(K ** 0.5))
+    probs = F.pad(upcast(logits).softmax(-1), (0, -K % block)).unflatten(-1, (-1, block))
+    mass = probs.sum(-1, dtype=precise).cumsum(-1)                   # (N, blocks)
+    u = u.to(mass)[:, None] * mass[:, -1:]                           # the rows sum to 1 only nearly
+    # `right`: the first entry whose cumulative mass exceeds u, so a word of mass 0 is never taken.
+    which = torch.searchsorted(mass, u, right=True).clamp(max=mass.shape[1] - 1)
+    rest = u - torch.where(which > 0, mass.gather(1, (which - 1).clamp(min=0)), 0)
+    inside = probs.gather(1, which[..., None].expand(-1, -1, block))[:, 0].to(precise).cumsum(-1)
+    rest = torch.minimum(rest, inside[:, -1:] * (1 - 1e-7))          # rounding: stay in the block
+    return (which * block + torch.searchsorted(inside, rest, right=True).clamp(max=block - 1))[:, 0]
+
+
+def draw_tokens(net, h, K, rng):
+    """Tokens from the rows' distributions.  # (N, D) -> (N,) int64; no gradient"""
+    u = torch.rand(len(h), generator=rng, device=rng.device, dtype=torch.float64)
+    if h.device.type == "mps":
+        u = u.float()
+    draw = fused(sample_categorical)
+    return in_chunks(lambda h, u: draw(net.project(h)[:, :K], u), K, h, u.to(h.device))
+
+
+def flat_rows(mask, device):
+    """Flat indices of the True entries. Masks that live on the CPU cost the device no wait."""
+    return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+
+
+# ---- masked process (MDLM) ----------------------------------------------------------------------
+# A visible token is copied with certainty, so only positions that are [MASK] in x_t carry loss. Let
+# x_tilde = eps[0] be the generator's input. Where it is visible, G is that very token, without
+# gradient; so the generator's loss needs the positions masked in both x_tilde and x_t.
+
+def soft_cross_entropy(logits_f, logits_g):                # (N, K), (N, K) -> (N,): -<G, log f>
+    return -(upcast(logits_g).softmax(-1) * upcast(logits_f).log_softmax(-1)).sum(-1)
+
+
+def masked_gap(logits_g, logits_f, logits_t):              # -> (N,): <G, log f - log f*>
+    G = upcast(logits_g).softmax(-1)
+    return (G * (upcast(logits_f).log_softmax(-1) - upcast(logits_t).log_softmax(-1))).sum(-1)
+
+
+@torch.no_grad()
+def renoise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng):
+    """x_t ~ q(. | G): [MASK] where `is_masked`, else the visible token, else a draw from G."""
+    x_t = x_tilde.to(h_g.device)
+    drawn = flat_rows((x_tilde == mask_id) & ~is_masked, h_g.device)
+    tokens = draw_tokens(generator, h_g.flatten(0, 1)[drawn], mask_id, rng)
+    x_t = x_t.flatten().index_copy(0, drawn, tokens).view_as(x_t)
+    return x_t.masked_fill(is_masked.to(h_g.device, non_blocking=True), mask_id)
+
+
+def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rng):
+    """NELBO of the fake on G, nats per token (Alg. 1, the inner minimisation; MDLM eq. (10)).
+
+    eps        the generator's inputs, eps[0] = x_tilde (B, L)
+    is_masked  (B, L) bool, where x_t is [MASK]: each with probability 1 - alpha_t
+    weight     (B,) -dalpha_t / (1 - alpha_t)
+    sigma      (B,) what the fake is told: 0, or -log alpha of t_tilde (generator.py says when)
+    """
+    K, was_masked = mask_id, eps[0] == mask_id
+    with torch.no_grad():                                  # the generator gets no gradient here
+        h_g = generator.hidden(*eps)
+        x_t = renoise_masked(generator, h_g, eps[0], is_masked, mask_id, rng)
+    h_f = fake.hidden(x_t, sigma).flatten(0, 1)
+    device, row_weight = h_f.device, weight[:, None].expand(is_masked.shape).flatten()
+    # Where x_tilde was masked the target is G's row ...
+    soft = flat_rows(was_masked & is_masked, device)
+    soft_nll = in_chunks(lambda f, g: fused(soft_cross_entropy)(
+        fake.project(f)[:, :K], generator.project(g).detach()[:, :K]),
+        K, h_f[soft], h_g.flatten(0, 1)[soft])
+    # ... where it was visible, that token.
+    hard = flat_rows(~was_masked & is_masked, device)
+    x_0 = eps[0].to(device).flatten()[hard]
+    hard_nll = in_chunks(lambda f, x: F.cross_entropy(upcast(fake.project(f)[:, :K]), x,
+                                                      reduction="none"), K, h_f[hard], x_0)
+    row_weight = row_weight.to(device)
+    return ((row_weight[soft] * soft_nll).sum()
+            + (row_weight[hard] * hard_nll).sum()) / is_masked.numel()
+
+
+def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigma_fake, sigma,
+                          mask_id, rng):
+    """The gap NELBO(f*) - NELBO(f) on G, nats per token (Alg. 1, the outer minimisation).
+
+    Its gradient in G's logits is -weight * G * (a - <G, a>) with a = log f* - log f. No gradient
+    through x_t, the teacher or the fake. Arguments as in `masked_fake_loss`; sigma: (B,) for the
+    teacher.
+    """
+    K = mask_id
+    h_g = generator.hidden(*eps)
+    rows = flat_rows((eps[0] == mask_id) & is_masked, h_g.device)
+    with torch.no_grad():
+        x_t = renoise_masked(generator, h_g, eps[0], is_masked, mask_id, rng)
+        h_f = fake.hidden(x_t, sigma_fake).flatten(0, 1)[rows]
+        h_t = teacher.hidden(x_t, sigma).flatten(0, 1)[rows]
+    gap = in_chunks(lambda g, f, t: fused(masked_gap)(
+        generator.project(g)[:, :K], fake.project(f).detach()[:, :K],
+        teacher.project(t).detach()[:, :K]), K, h_g.flatten(0, 1)[rows], h_f, h_t)
+    row_weight = weight[:, None].expand(is_masked.shape).flatten().to(gap.device)[rows]
+    return (row_weight * gap).sum() / is_masked.numel()
+
+
+# ---- uniform process (UDLM, Duo) ----------------------------------------------------------------
+# With a = alpha_t and a network's row x, write xbar_v = K a x_v + 1 - a (K times the law of the
+# noised token). c = -dalpha_t / (K a). All row arguments a, dalpha are (N, 1).
+
+def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K), (N, K), (N,), (N, 1) x2 -> (N,)
+    """NELBO of f at the noised token z for the target row G = softmax(logits_g) (UDLM eq. (16)):
+    c [ sum_v xbar_v / xbar_z log(fbar_z xbar_v / (fbar_v xbar_z)) - K / xbar_z + K / fbar_z ]"""
+    return uniform_nelbo_probs(logits_f, upcast(logits_g).softmax(-1), z, a, dalpha)
+
+
+def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
+    K = logits_f.shape[-1]
+    xbar = K * a * x_0_probs + 1 - a
+    fbar = K * a * upcast(logits_f).softmax(-1) + 1 - a
+    xbar_z, fbar_z = xbar.gather(1, z[:, None]), fbar.gather(1, z[:, None])
+    inner = (xbar / xbar_z * ((xbar / xbar_z).log() - (fbar / fbar_z).log())).sum(-1, keepdim=True)
+    return (-dalpha / (K * a) * (inner - K / xbar_z + K / fbar_z))[:, 0]
+
+
+def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
+    """NELBO(f*) - NELBO(f) at z for the target G; what depends on G alone has cancelled:
+    c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log f*bar_v / f*bar_z) + K / f*bar_z - K / fbar_z ]"""
+    K, index = logits_g.shape[-1], z[:, None]
+    xbar = K * a * upcast(logits_g).softmax(-1) + 1 - a
+    fbar = K * a * upcast(logits_f).softmax(-1) + 1 - a
+    tbar = K * a * upcast(logits_t).softmax(-1) + 1 - a
+    fbar_z, tbar_z = fbar.gather(1, index), tbar.gather(1, index)
+    inner = (xbar * ((fbar / fbar_z).log() - (tbar / tbar_z).log())).sum(-1, keepdim=True)
+    return (-dalpha / (K * a) * (inner / xbar.gather(1, index) + K / tbar_z - K / fbar_z))[:, 0]
+
+
+def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
+    """`hard_gap` with the position's own token z integrated out, which a leave-one-out f allows.
+
+    The minimiser of the NELBO predicts token l from the *other* noised tokens, so its row f does
+    not move with z. Then the expectation over z ~ xbar / K of what depends on f in the NELBO is
+
+        c sum_z xbar_z / K [ sum_v xbar_v / xbar_z (log fbar_z - log fbar_v) + K / fbar_z ]
+      = c [ sum_z log fbar_z - sum_v xbar_v (log fbar_v - 1 / fbar_v) ]              xbar / xbar_z
+                                                                                     has cancelled
+    and with xbar_v = K a G_v + 1 - a and phi(u) = log u - 1 / u
+
+      = dalpha <G, phi(fbar)> + c sum_v [ a log fbar_v + (1 - a) / fbar_v ].
+
+    The teacher's less the fake's is the value below. It holds the draw's dependence on G as well:
+    its gradient is -dalpha times that of <G, phi(fbar) - phi(f*bar)>, the masked formula with phi
+    for log, at every position and with a bounded weight. z is not used.
+    """
+    K = logits_g.shape[-1]
+    G = upcast(logits_g).softmax(-1)
+    fbar = K * a * upcast(logits_f).softmax(-1) + 1 - a
+    tbar = K * a * upcast(logits_t).softmax(-1) + 1 - a
+    log_ratio, inverse = (fbar / tbar).log(), 1 / fbar - 1 / tbar
+    rest = (a * log_ratio + (1 - a) * inverse).sum(-1, keepdim=True)          # without G
+    return -dalpha[:, 0] * (G * (log_ratio - inverse)).sum(-1) + (dalpha / (K * a) * rest)[:, 0]
+
+
+def per_row(x, L, device):                                 # (B,) -> (B * L, 1)
+    return x[:, None].expand(-1, L).reshape(-1, 1).to(device, non_blocking=True)
+
+
+def uniform_mean(formula, K, nets, hs, z, *per_text):
+    """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t)."""
+    def rows(*args):
+        hs, rest = args[:len(nets)], args[len(nets):]
+        return fused(formula)(*(net.project(h)[:, :K] for net, h in zip(nets, hs)), *rest)
+    per_text = (per_row(x, z.shape[1], z.device) for x in per_text)
+    return in_chunks(rows, K, *(h.flatten(0, 1) for h in hs), z.flatten(), *per_text).mean()
+
+
+@torch.no_grad()
+def renoise_uniform(generator, h_g, keep, noise, K, rng):
+    """z ~ q(. | y), y ~ G: the draw where `keep` (probability alpha_t), else a uniform token."""
+    y = draw_tokens(generator, h_g.flatten(0, 1), K, rng).view(keep.shape)
+    return torch.where(keep.to(y.device), y, noise.to(y.device))
+
+
+def uniform_fake_loss(generator, fake, eps, keep, noise, a, dalpha, sigma, K, rng):
+    """NELBO of the fake on the rows G, at hard tokens z ~ q(. | G), nats per token.
+
+    keep       (B, L) bool, True with probability alpha_t;  noise  (B, L) uniform tokens
+    a, dalpha  (B,) alpha_t and its slope;  sigma  (B,) -log alpha_t, for the fake
+    A soft target has less variance than the drawn token and the same minimiser: the posterior
+    of a token given the *other* noised tokens (leave one out).
+    """
+    with torch.no_grad():                                  # the generator gets no gradient here
+        h_g = generator.hidden(*eps)
+        z = renoise_uniform(generator, h_g, keep, noise, K, rng)
+    return uniform_mean(uniform_nelbo, K, (fake, frozen(generator)), (fake.hidden(z, sigma), h_g),
+                        z, a, dalpha)
+
+
+def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha, sigma, K, rng,
+                           gap=marginal_gap):
+    """NELBO(f*) - NELBO(f) on G under the exact noising law; gap: hard_gap or marginal_gap.
+
+    The gradient runs through the target G alone: neither teacher nor fake is differentiated.
+    """
+    h_g = generator.hidden(*eps)
+    z = renoise_uniform(generator, h_g, keep, noise, K, rng)
+    with torch.no_grad():
+        h_f, h_t = fake.hidden(z, sigma), teacher.hidden(z, sigma)
+    return uniform_mean(gap, K, (generator, frozen(fake), frozen(teacher)), (h_g, h_f, h_t),
+                        z, a, dalpha)
+
+
+class frozen:
+    """A network whose projection takes no gradient."""
+
+    def __init__(self, net):
+        self.net = net
+
+    def project(self, h):
+        return self.net.project(h).detach()
+
+
+# The published update (IDLM-Duo): the networks read the Gaussian state softmax(w / tau) of G and
+# the gradient runs through it. Its law is not q(. | G) unless G is one-hot (tests show by how much).
+
+def topk_softmax(w, tau, k=16):                            # (N, K) -> (N, k) weights, (N, k) ids
+    """softmax(w / tau) as its k largest entries: in float32 the very same rows.
+
+    exp(-104) is 0 in float32, so entries more than 104 tau below the maximum do not exist in the
+    dense softmax either. If the k-th entry is nearer than that, k is doubled.
+    """
+    while True:
+        top, ids = w.topk(min(k, w.shape[-1]), dim=-1)
+        if top.shape[-1] == w.shape[-1] or bool((top[:, 0] - top[:, -1] > 104 * tau).all()):
+            return (top / tau).softmax(-1), ids
+        k *= 2
+
+
+def pad_topk(parts, value=0):
+    """Chunks of (n, k) of which some needed a larger k, as one tensor."""
+    k = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, k - part.shape[1]), value=value) for part in parts])
+
+
+def device_rng(rng, device):
+    """A generator on `device`, seeded from `rng`: noise over a whole vocabulary is drawn there."""
+    if rng.device.type == torch.device(device).type:
+        return rng
+    seed = torch.randint(2 ** 62, (), generator=rng, device=rng.device).item()
+    return torch.Generator(device).manual_seed(seed)
+
+
+def soft_state(generator, h_g, scale, std, K, tau, rng):
+    """w = scale G + std xi as soft network inputs, differentiable in G.
+
+    h_g (B, L, D); scale, std (B,), the Gaussian process' signal and noise. Returns the soft input
+    (weights, ids), each (B, L, k), and z = argmax w (B, L).
+    """
+    B, L, _ = h_g.shape
+    rng = device_rng(rng, h_g.device)
+    scale, std = per_row(scale, L, h_g.device), per_row(std, L, h_g.device)
+    size, found = max(1, CHUNK_ELEMENTS // K), []
+    with torch.no_grad():                                  # which k entries survive, and their noise
+        for h, s, d in zip(*(x.split(size) for x in (h_g.flatten(0, 1), scale, std))):
+            G = upcast(generator.project(h)[:, :K]).softmax(-1)
+            xi = torch.randn(G.shape, generator=rng, device=G.device, dtype=G.dtype)
+            ids = topk_softmax(s * G + d * xi, tau)[1]
+            found.append((ids, d * xi.gather(1, ids)))
+    ids = pad_topk([ids for ids, _ in found])
+    noise = pad_topk([xi for _, xi in found], value=-torch.inf)
+
+    def weights(h, ids, noise, s):
+        G = upcast(generator.project(h)[:, :K]).softmax(-1)
+        return ((s * G.gather(1, ids) + noise) / tau).softmax(-1)
+
+    weights = in_chunks(weights, K, h_g.flatten(0, 1), ids, noise, scale)
+    return (weights.view(B, L, -1), ids.view(B, L, -1)), ids[:, 0].view(B, L)
+
+
+def soft_fake_loss(generator, fake, eps, scale, std, a, dalpha, sigma, K, rng, tau=1e-3):
+    """`uniform_fake_loss` on the Gaussian state of G; a, dalpha: those of the Gaussian time."""
+    with torch.no_grad():
+        h_g = generator.hidden(*eps)
+        soft, z = soft_state(generator, h_g, scale, std, K, tau, rng)
+    return uniform_mean(uniform_nelbo, K, (fake, frozen(generator)),
+                        (fake.hidden(soft, sigma), h_g), z, a, dalpha)
+
+
+def soft_generator_loss(generator, fake, teacher, eps, scale, std, a, dalpha, sigma, K, rng,
+                        tau=1e-3, path_gradient=True):
+    """NELBO(f*) - NELBO(f) on the Gaussian state of G, gradient through target *and* state.
+
+    path_gradient=False stops the gradient at the state: the paper's ablation, reported to diverge.
+    Give teacher and fake with requires_grad False, or they collect gradients nobody asked for.
+    """
+    h_g = generator.hidden(*eps)
+    (weights, ids), z = soft_state(generator, h_g, scale, std, K, tau, rng)
+    soft = (weights if path_gradient else weights.detach(), ids)
+    return uniform_mean(hard_gap, K, (generator, fake, teacher),
+                        (h_g, fake.hidden(soft, sigma), teacher.hidden(soft, sigma)), z, a, dalpha)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: MIT
+"""The network of every role here (teacher, generator, fake, judge): a small diffusion transformer, DiT.
+
+Source: DiT (arXiv 2212.09748) in the form that SEDD, MDLM and Duo use for text. Parameter names
+and shapes are those of the published checkpoints below their `backbone.` prefix, so that those
+load without a table of renamings. There is no diffusion in this file.
+
+    B batch   L positions   V vocabulary (with [MASK] where there is one)   D width   H heads
+    x       (B, L) int64 tokens, or (B, L, V) simplex rows, or a pair (weights, ids), each
+            (B, L, k): a simplex row of which only k entries are not 0
+    sigma   (B,) noise level -log alpha_t, 0 where time conditioning is off
+    z       (B, L, latent_dim) or None: a random latent, added to the embedding (generator.py)
+
+`hidden` and `project` are apart on purpose: the vocabulary projection of GPT-2's 50,257 tokens
+costs more than a third of the trunk, and most callers need it at a few positions only.
+
+To reuse: copy this file alone.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class ModelConfig:
+    """All that is needed to rebuild a network; saved as a dict inside every checkpoint."""
+    vocab_size: int             # V, [MASK] included
+    num_layers: int = 12
+    num_heads: int = 12
+    width: int = 768            # D
+    cond_dim: int = 128         # width of the noise-level embedding
+    dropout: float = 0.0
+    causal: bool = False        # True: an autoregressive model (the judge)
+    latent_dim: int = 0         # > 0: the network takes a Gaussian latent z (SPEC of generator.py)
+
+    def __post_init__(self):
+        if self.width % self.num_heads or (self.width // self.num_heads) % 2:
+            raise ValueError(f"width {self.width} over {self.num_heads} heads: the width of a head "
+                             "must be a whole and even number; change width or num_heads")
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with a scale and no bias."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], self.weight)
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding on the two halves of each head (arXiv 2104.09864)."""
+
+    def __init__(self, head_dim):
+        super().__init__()
+        self.register_buffer("inv_freq", 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim))
+
+    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, head_dim / 2)
+        position = torch.arange(num_positions, device=self.inv_freq.device) + start
+        angle = position[:, None] * self.inv_freq
+        return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):                                             # (B, H, L, d) -> (B, H, L, d)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """Sinusoids of sigma through a two-layer network."""
+
+    def __init__(self, cond_dim, num_freqs=256):
+        super().__init__()
+        self.num_freqs = num_freqs
+        self.mlp = nn.Sequential(nn.Linear(num_freqs, cond_dim), nn.SiLU(),
+                                 nn.Linear(cond_dim, cond_dim))
+
+    def forward(self, sigma):                                        # (B,) -> (B, cond_dim)
+        half = self.num_freqs // 2
+        freq = torch.exp(-math.log(10_000) * torch.arange(half, device=sigma.device) / half)
+        angle = sigma[:, None] * freq.to(sigma.dtype)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Attention and MLP; the noise level enters as a shift, scale and gate of each (adaLN)."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.width
+        self.num_heads, self.dropout, self.causal = config.num_heads, config.dropout, config.causal
+        self.norm1 = LayerNorm(D)
+        self.attn_qkv = nn.Linear(D, 3 * D, bias=False)
+        self.attn_out = nn.Linear(D, D, bias=False)
+        self.norm2 = LayerNorm(D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"),
+                                 nn.Linear(4 * D, D))
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * D)
+        nn.init.zeros_(self.adaLN_modulation.weight)     # both gates 0: a new block is the identity
+        nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def forward(self, x, cond, cos, sin, cache=None):
+        B, L, D = x.shape
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond)[:, None].chunk(6, -1)
+        qkv = self.attn_qkv(modulate(self.norm1(x), shift1, scale1))             # (B, L, 3D)
+        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)   # (B, H, L, d) each
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:                            # a causal model writing token by token
+            k, v, visible = cache(k, v)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = self.attn_out(out.transpose(1, 2).reshape(B, L, D))
+        x = x + gate1 * F.dropout(out, self.dropout, self.training)
+        out = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2 * F.dropout(out, self.dropout, self.training)
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self, vocab_size, width):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, x):
+        if isinstance(x, tuple):                                     # k weights and their ids
+            weights, ids = x
+            return torch.einsum("blk,blkd->bld", weights, F.embedding(ids, self.embedding))
+        if x.is_floating_point():                                    # whole simplex rows
+            return x @ self.embedding
+        return F.embedding(x, self.embedding)
+
+
+class OutputLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm_final = LayerNorm(config.width)
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.width)
+        self.linear = nn.Linear(config.width, config.vocab_size)
+        for parameter in (*self.adaLN_modulation.parameters(), *self.linear.parameters()):
+            nn.init.zeros_(parameter)                    # a new network predicts the flat distribution
+
+    def forward(self, x, cond):                                      # the projection comes later
+        shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
+        return modulate(self.norm_final(x), shift, scale)
+
+
+class DiT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vocab_embed = TokenEmbedding(config.vocab_size, config.width)
+        self.sigma_map = NoiseLevelEmbedding(config.cond_dim)
+        self.rotary_emb = Rotary(config.width // config.num_heads)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.output_layer = OutputLayer(config)
+        if config.latent_dim:
+            # A random map at the scale of the embeddings, never 0: a latent that does not move the
+            # output gets no gradient to start moving it.
+            self.latent_proj = nn.Linear(config.latent_dim, config.width, bias=False)
+            std = self.vocab_embed.embedding.std().item() / math.sqrt(config.latent_dim)
+            nn.init.normal_(self.latent_proj.weight, std=std)
+
+    @property
+    def device(self):
+        return self.vocab_embed.embedding.device
+
+    def hidden(self, x, sigma, z=None):
+        """Everything but the vocabulary projection.
+
+        x, sigma, z as in the module's legend, on any device. Returns (B, L, D), normalised and
+        modulated: `project` of any of its rows gives that position's logits.
+        """
+        x = tuple(to_device(part, self.device) for part in x) if isinstance(x, tuple) \
+            else to_device(x, self.device)
+        h = self.vocab_embed(x)
+        if z is not None:
+            h = h + self.latent_proj(to_device(z, self.device).to(h.dtype))
+        cond = F.silu(self.sigma_map(to_device(sigma, self.device).to(h.dtype)))
+        cos, sin = self.rotary_emb(h.shape[1])
+        for block in self.blocks:
+            h = block(h, cond, cos, sin)
+        return self.output_layer(h, cond)
+
+    def project(self, h):                                            # (..., D) -> (..., V) raw logits
+        return self.output_layer.linear(h)
+
+    def forward(self, x, sigma, z=None):                             # -> logits (B, L, V)
+        return self.project(self.hidden(x, sigma, z))
+
+    def compile_blocks(self):
+        """torch.compile, one block at a time: all blocks share one compilation, so that it takes
+        seconds where the whole trunk takes minutes, and steps about as fast."""
+        for block in self.blocks:
+            block.compile()
+        self.output_layer.compile()
+        return self
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+
+def to_device(x, device):
+    """Move without making the host wait: pinned first where the target is a CUDA device."""
+    if x.device == device:
+        return x
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+if __name__ == "__main__":
+    net = DiT(ModelConfig(vocab_size=100, num_layers=2, num_heads=4, width=64))
+    x = torch.randint(0, 100, (2, 16))
+    print(f"{net.num_params():,} parameters; logits {tuple(net(x, torch.zeros(2)).shape)}")
