@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from idlm_loss import device_rng, in_chunks, sample_categorical, upcast
+from idlm_loss import device_rng, fused, in_chunks, sample_categorical, upcast
 from teacher import Masked
 
 
@@ -49,6 +49,8 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
         x, _ = process.soft_corrupt(x_0.to(net.device), t_tilde, rng)
         return Latent(x, -process.gaussian(t_tilde)[2].log())
     x = process.corrupt(x_0, t_tilde, rng)
+    if isinstance(process, Masked):         # alpha(1) is 1e-3, but sampling starts without any word
+        x = x.masked_fill((t_tilde == 1)[:, None], process.mask_id)
     z = gaussian_latent(net, x, process.K, rng) if isinstance(process, Masked) else None
     return Latent(x, process.sigma(t_tilde), z)
 
@@ -69,7 +71,8 @@ def mixture_log_prob(net, process, x_0, latents):
     """
     terms = []
     for eps in latents:
-        log_G = process.log_probs(net(*eps), eps.x.to(net.device))
+        x = eps.x if torch.is_tensor(eps.x) else eps.x[1][..., 0]
+        log_G = process.log_probs(net(*eps), x.to(net.device))
         terms.append(log_G.gather(-1, x_0.to(net.device)[..., None])[..., 0].sum(-1))
     return torch.stack(terms).logsumexp(0) - math.log(len(terms))
 
@@ -83,8 +86,10 @@ class Sample(NamedTuple):
 
 def warp(logits, temperature, top_p):                      # (N, K) -> (N, K)
     """Divide by the temperature; then keep the fewest words that hold the share top_p."""
-    logits = upcast(logits) / temperature
+    if temperature != 1:
+        logits = upcast(logits) / temperature
     if top_p < 1:
+        logits = upcast(logits)
         ordered, ids = logits.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, -torch.inf))
@@ -151,8 +156,8 @@ def sample_masked(net, process, x, is_masked, steps, rng, warped, *, fixed_z, ca
             else:
                 h = net.hidden(x_in, sigma)
             rows = h.reshape(-1, h.shape[-1])[here]
-            tokens = in_chunks(lambda h, u: sample_categorical(warped(net.project(h)), u), process.K,
-                               rows, uniforms(len(rows), rng, x.device))
+            tokens = in_chunks(lambda h, u: fused(sample_categorical)(warped(net.project(h)), u),
+                               process.K, rows, uniforms(len(rows), rng, x.device))
             x_in = x_in.flatten().index_copy(0, here, tokens).view_as(x_in)
             x = x_in if everyone else x.index_copy(0, texts.to(x.device), x_in)
             is_masked, blank = is_masked & ~reveal, False
@@ -169,7 +174,7 @@ def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s):   # (N, K), (N,) 
     staying at z, spreads alpha_s - alpha_t as f and (1 - alpha_ts)(1 - alpha_s) evenly: choose the
     part, then draw in it, and the posterior itself is never formed.
     """
-    K, a_ts = logits.shape[-1], alpha_t / alpha_s
+    K, a_ts, logits = logits.shape[-1], alpha_t / alpha_s, upcast(logits)
     f_z = (logits.gather(1, z[:, None])[:, 0] - logits.logsumexp(-1)).exp()
     move, spread = alpha_s - alpha_t, (1 - a_ts) * (1 - alpha_s)
     u = u_kind * (K * alpha_t * f_z + 1 - alpha_t)
@@ -182,8 +187,10 @@ def greedy_end(logits, z, alpha_t, published=False):       # (N, K), (N,) -> (N,
     """argmax over v of f_v q(z | v): f is a leave-one-out posterior, so the token z under it has
     still to be weighed in. The published form takes the argmax of f alone."""
     if not published:
-        bonus = math.log1p(logits.shape[-1] * alpha_t / (1 - alpha_t))
-        logits = logits.scatter_add(1, z[:, None], torch.full_like(logits[:, :1], bonus))
+        alpha_t = torch.as_tensor(alpha_t, device=logits.device)
+        bonus = (logits.shape[-1] * alpha_t / (1 - alpha_t)).log1p()
+        here = torch.arange(logits.shape[-1], device=z.device) == z[:, None]
+        logits = torch.where(here, upcast(logits) + bonus, logits)
     return logits.argmax(-1)
 
 
@@ -194,18 +201,17 @@ def sample_uniform(net, process, x, free, steps, rng, warped, *, ending, callbac
     x, free = x.to(net.device), free.to(net.device)
     for i in range(steps):
         t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps], dtype=torch.float64)
-        alpha_t, alpha_s = process.alpha(t)[0].tolist()
-        sigma = process.sigma(t[:1]).float().expand(len(x))
+        alpha_t, alpha_s = process.alpha(t)[0]             # tensors: a compiled step takes any value
+        sigma = process.sigma(t[:1]).expand(len(x))
         h = net.hidden(x, sigma).flatten(0, 1)
         if i == steps - 1 and ending != "ancestral":
-            new = in_chunks(lambda h, z: greedy_end(warped(net.project(h)), z, alpha_t,
+            new = in_chunks(lambda h, z: fused(greedy_end)(warped(net.project(h)), z, alpha_t,
                                                     ending == "greedy-published"),
                             process.K, h, x.flatten())
         else:
             u = [uniforms(x.numel(), rng, x.device) for _ in range(2)]
-            new = in_chunks(lambda h, z, u1, u2: uniform_step(warped(net.project(h)), z, u1, u2,
-                                                              alpha_t, alpha_s),
-                            process.K, h, x.flatten(), *u)
+            new = in_chunks(lambda h, z, u1, u2: fused(uniform_step)(
+                warped(net.project(h)), z, u1, u2, alpha_t, alpha_s), process.K, h, x.flatten(), *u)
         x = torch.where(free, new.view_as(x), x)
         if callback:
             callback(i, x)

@@ -24,7 +24,7 @@ and `eps` is the tuple of the generator's inputs, eps[0] = the noised tokens (B,
 
 What differs from the formula on paper is only where it is evaluated: the vocabulary projection
 runs at the positions that count, in chunks that the backward pass recomputes, so that
-(positions x vocabulary) never exists as a whole. tests/test_idlm_loss.py holds the dense formulas.
+(positions x vocabulary) never exists as a whole. tests/test_masked.py holds the dense formulas.
 
 Differences from the authors' code: positions gathered; log-softmax in float32 and no +-1e6
 constants; `hard` and `marginal` updates for the uniform process beside their `soft` one.
@@ -69,7 +69,7 @@ def in_chunks(fn, width, *rows):
     parts = zip(*(r.split(size) for r in rows))
     if not torch.is_grad_enabled():
         return torch.cat([fn(*part) for part in parts])
-    return torch.cat([checkpoint(fn, *part, use_reentrant=False) for part in parts])
+    return torch.cat([checkpoint(fn, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def sample_categorical(logits, u):
@@ -85,12 +85,13 @@ def sample_categorical(logits, u):
     block = max(1, int(K ** 0.5))
     probs = F.pad(upcast(logits).softmax(-1), (0, -K % block)).unflatten(-1, (-1, block))
     mass = probs.sum(-1, dtype=precise).cumsum(-1)                   # (N, blocks)
-    u = u.to(mass)[:, None] * mass[:, -1:]                           # the rows sum to 1 only nearly
+    tiny = torch.finfo(precise).eps                                  # u may have rounded up to 1
+    u = u.to(mass).clamp(max=1 - tiny)[:, None] * mass[:, -1:]       # the rows sum to 1 only nearly
     # `right`: the first entry whose cumulative mass exceeds u, so a word of mass 0 is never taken.
     which = torch.searchsorted(mass, u, right=True).clamp(max=mass.shape[1] - 1)
     rest = u - torch.where(which > 0, mass.gather(1, (which - 1).clamp(min=0)), 0)
     inside = probs.gather(1, which[..., None].expand(-1, -1, block))[:, 0].to(precise).cumsum(-1)
-    rest = torch.minimum(rest, inside[:, -1:] * (1 - 1e-7))          # rounding: stay in the block
+    rest = torch.minimum(rest, inside[:, -1:] * (1 - tiny))          # rounding: stay in the block
     return (which * block + torch.searchsorted(inside, rest, right=True).clamp(max=block - 1))[:, 0]
 
 
@@ -101,6 +102,17 @@ def draw_tokens(net, h, K, rng):
         u = u.float()
     draw = fused(sample_categorical)
     return in_chunks(lambda h, u: draw(net.project(h)[:, :K], u), K, h, u.to(h.device))
+
+
+class frozen:
+    """A network whose projection takes no gradient and keeps nothing for a backward pass."""
+
+    def __init__(self, net):
+        self.net = net
+
+    @torch.no_grad()
+    def project(self, h):
+        return self.net.project(h)
 
 
 def flat_rows(mask, device):
@@ -149,7 +161,7 @@ def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rn
     # Where x_tilde was masked the target is G's row ...
     soft = flat_rows(was_masked & is_masked, device)
     soft_nll = in_chunks(lambda f, g: fused(soft_cross_entropy)(
-        fake.project(f)[:, :K], generator.project(g).detach()[:, :K]),
+        fake.project(f)[:, :K], frozen(generator).project(g)[:, :K]),
         K, h_f[soft], h_g.flatten(0, 1)[soft])
     # ... where it was visible, that token.
     hard = flat_rows(~was_masked & is_masked, device)
@@ -165,7 +177,8 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
                           mask_id, rng):
     """The gap NELBO(f*) - NELBO(f) on G, nats per token (Alg. 1, the outer minimisation).
 
-    Its gradient in G's logits is -weight * G * (a - <G, a>) with a = log f* - log f. No gradient
+    Where x_tilde is visible G is a given token and its terms have no gradient: they are left out,
+    so the value is the share of the gap that the generator can change. Its gradient in G's logits is -weight * G * (a - <G, a>) with a = log f* - log f. No gradient
     through x_t, the teacher or the fake. Arguments as in `masked_fake_loss`; sigma: (B,) for the
     teacher.
     """
@@ -177,8 +190,8 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
         h_f = fake.hidden(x_t, sigma_fake).flatten(0, 1)[rows]
         h_t = teacher.hidden(x_t, sigma).flatten(0, 1)[rows]
     gap = in_chunks(lambda g, f, t: fused(masked_gap)(
-        generator.project(g)[:, :K], fake.project(f).detach()[:, :K],
-        teacher.project(t).detach()[:, :K]), K, h_g.flatten(0, 1)[rows], h_f, h_t)
+        generator.project(g)[:, :K], frozen(fake).project(f)[:, :K],
+        frozen(teacher).project(t)[:, :K]), K, h_g.flatten(0, 1)[rows], h_f, h_t)
     row_weight = weight[:, None].expand(is_masked.shape).flatten().to(gap.device)[rows]
     return (row_weight * gap).sum() / is_masked.numel()
 
@@ -195,8 +208,8 @@ def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K), (N, K), (N,
 
 def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
     K = logits_f.shape[-1]
-    xbar = K * a * x_0_probs + 1 - a
-    fbar = K * a * upcast(logits_f).softmax(-1) + 1 - a
+    xbar = K * a * x_0_probs + (1 - a)
+    fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     xbar_z, fbar_z = xbar.gather(1, z[:, None]), fbar.gather(1, z[:, None])
     inner = (xbar / xbar_z * ((xbar / xbar_z).log() - (fbar / fbar_z).log())).sum(-1, keepdim=True)
     return (-dalpha / (K * a) * (inner - K / xbar_z + K / fbar_z))[:, 0]
@@ -206,9 +219,9 @@ def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     """NELBO(f*) - NELBO(f) at z for the target G; what depends on G alone has cancelled:
     c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log f*bar_v / f*bar_z) + K / f*bar_z - K / fbar_z ]"""
     K, index = logits_g.shape[-1], z[:, None]
-    xbar = K * a * upcast(logits_g).softmax(-1) + 1 - a
-    fbar = K * a * upcast(logits_f).softmax(-1) + 1 - a
-    tbar = K * a * upcast(logits_t).softmax(-1) + 1 - a
+    xbar = K * a * upcast(logits_g).softmax(-1) + (1 - a)
+    fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
+    tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
     fbar_z, tbar_z = fbar.gather(1, index), tbar.gather(1, index)
     inner = (xbar * ((fbar / fbar_z).log() - (tbar / tbar_z).log())).sum(-1, keepdim=True)
     return (-dalpha / (K * a) * (inner / xbar.gather(1, index) + K / tbar_z - K / fbar_z))[:, 0]
@@ -233,8 +246,8 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     """
     K = logits_g.shape[-1]
     G = upcast(logits_g).softmax(-1)
-    fbar = K * a * upcast(logits_f).softmax(-1) + 1 - a
-    tbar = K * a * upcast(logits_t).softmax(-1) + 1 - a
+    fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
+    tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
     log_ratio, inverse = (fbar / tbar).log(), 1 / fbar - 1 / tbar
     rest = (a * log_ratio + (1 - a) * inverse).sum(-1, keepdim=True)          # without G
     return -dalpha[:, 0] * (G * (log_ratio - inverse)).sum(-1) + (dalpha / (K * a) * rest)[:, 0]
@@ -287,16 +300,6 @@ def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha
         h_f, h_t = fake.hidden(z, sigma), teacher.hidden(z, sigma)
     return uniform_mean(gap, K, (generator, frozen(fake), frozen(teacher)), (h_g, h_f, h_t),
                         z, a, dalpha)
-
-
-class frozen:
-    """A network whose projection takes no gradient."""
-
-    def __init__(self, net):
-        self.net = net
-
-    def project(self, h):
-        return self.net.project(h).detach()
 
 
 # The published update (IDLM-Duo): the networks read the Gaussian state softmax(w / tau) of G and

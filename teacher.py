@@ -76,8 +76,9 @@ class Masked:
 
     def nelbo(self, log_probs, x_0_probs, x_t, t):         # (B, L, K) x2, (B, L), (B,) -> (B, L)
         """-log p bound per token, MDLM eq. (10), of simplex targets; visible positions: 0."""
-        cross_entropy = -(x_0_probs * log_probs.masked_fill(x_0_probs == 0, 0)).sum(-1)
-        return self.weight(t)[:, None] * cross_entropy * (x_t == self.mask_id)
+        counts = (x_0_probs != 0) & (x_t == self.mask_id)[..., None]       # elsewhere: 0 * -inf
+        cross_entropy = -(x_0_probs * log_probs.masked_fill(~counts, 0)).sum(-1)
+        return self.weight(t)[:, None] * cross_entropy
 
     def reveal(self, is_masked, t, s, rng):                # (B, L) bool, floats t > s -> (B, L) bool
         """The reverse step t -> s, first half: which masked positions turn into words.
@@ -174,7 +175,8 @@ class Uniform:
         low, high = -6.0, 25.0
         for _ in range(60):
             middle = (low + high) / 2
-            above = self.alpha_of_gamma(torch.tensor([middle]))[0].item() > alpha
+            gamma = torch.tensor([middle], dtype=torch.float64)
+            above = self.alpha_of_gamma(gamma)[0].item() > alpha
             low, high = (middle, high) if above else (low, middle)
         return low
 

@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: MIT
+"""How good and how diverse is the text at N passes, against the teacher and against real text?
+
+    python evaluate.py                                   the masked run; a minute on a laptop
+    python evaluate.py --process duo --ending greedy     the uniform run
+    python evaluate.py --judge gpt2-large --init_from kekchpek/idlm-mdlm --data "novels/*.txt"
+    python evaluate.py --plot results/laptop.json        both figures of assets/
+    python evaluate.py --table                           every table of README.md, from results/
+
+Low entropy buys low perplexity, so every setting is swept over the sampling temperature, and the
+headline gen_ppl_matched is read off that curve at the entropy of held-out text (the first row);
+where the curve does not reach that far it is null. Intervals: bootstrap over texts, 95 %.
+
+--judge   ar: our causal DiT on the same training text, trained by train.py where it is missing
+          ngram: of characters, ready in seconds, and a column of its own anyway       none
+          FILE.pt: another run's judge           any other name: a model of transformers
+Counted: every token but a text's first, which has no context; end-of-text like any other. A model
+of transformers reads the decoded text with its own tokenizer, cut to its longest input.
+To reuse: copy the metrics; they need numpy alone.
+"""
+import argparse
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from data import BadInput, TextData
+from generator import sample
+from teacher import Masked
+from train import has_bfloat16, pick_device
+
+METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngram_bits".split()
+STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
+MIN_TEXTS, RESAMPLES, GROUPS = 8, 1000, 16
+# Columns of the table on the terminal, and of the README's from results/NAME.json
+TABLES = {
+    "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
+        "mauve seconds",
+    "laptop": "process model sampler passes bits_per_char entropy known_words seconds",
+    "novels": "process model sampler steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
+    "onepass": "data model latent steps gen_ppl_matched gen_ppl bits_per_char entropy distinct4",
+    "toy": "data process model latent passes validity js kl",
+    "bench_h200": "name process B L V median_ms authors_ms peak_gib tokens_per_s mfu"}
+SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share"}   # numbers, but no results
+PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
+
+
+# ---- metrics: a number per text, whose mean (or ratio of sums) is the metric ----------------------
+
+def entropy(tokens):                                       # (L,) -> nats
+    """Unigram entropy of one text. Of "abab": two words of share 1/2, so log 2 = 0.693."""
+    p = np.unique(tokens, return_counts=True)[1] / len(tokens)
+    return -(p * np.log(p)).sum()
+
+
+def four_grams(tokens):                                    # (N, L) -> each text's different 4-grams
+    x, n = tokens.astype(np.uint64), tokens.shape[1] - 3   # ids are below 2^16: four fit 64 bits
+    return [np.unique(g) for g in sum(x[:, j:n + j] << np.uint64(16 * j) for j in range(4))]
+
+
+def repetition(tokens):                                    # (N, L) -> (N,)
+    """Share of a text's 4-grams that stand earlier in it. "ababab": abab baba abab, so 1/3."""
+    return 1 - np.array([len(g) for g in four_grams(tokens)]) / (tokens.shape[1] - 3)
+
+
+def distinct4(tokens):                                     # (N, L) -> (N,)
+    """Different 4-grams of all texts over all their 4-grams; compare at equal numbers of texts.
+
+    "abcde", "abcdf": abcd bcde | abcd bcdf, 3 different of 4: 0.75. Resampled texts would repeat
+    each other, so the spread is the jackknife's: what a text adds is the share of its 4-grams that
+    no other text has (1/2, 1/2), shifted here to the mean 0.75.
+    """
+    grams, n = four_grams(tokens), tokens.shape[1] - 3
+    every, texts = np.unique(np.concatenate(grams), return_counts=True)
+    added = np.array([np.isin(g, every[texts == 1]).sum() / n for g in grams])
+    return added - added.mean() + len(every) / (len(tokens) * n)
+
+
+def whole_words(text):
+    """Runs of letters and apostrophes but those cut by the text's ends. "he cat's mew": cat's"""
+    runs = re.finditer(r"(?:[^\W\d_]|')+", text)
+    return [run[0] for run in runs if 0 < run.start() and run.end() < len(text)]
+
+
+def gradient_moment(g, r):                                 # (m, P), (m, P) -> (m,)
+    """Squared distance of the judge's mean gradients on generated and real text (arXiv 2603.20155):
+    the mean of <d_i, d_j>, i != j, d_i = g_i - r_i from group i of the texts. Groups are
+    independent, so noise adds nothing, as it would to the square of one mean difference.
+
+    One parameter, two groups, g = (1, 3), r = (0, 1): d = (1, 2), so 2; the plain square is 2.25.
+    """
+    gram = (g - r) @ (g - r).T
+    with_others = (gram.sum(1) - np.diag(gram)) / (len(gram) - 1)
+    return 2 * with_others - with_others.mean()            # a pair's noise is in both groups' numbers
+
+
+def bootstrap(a, b=1, seed=0):                             # (N,), (N,) -> (1 + RESAMPLES,)
+    """sum(a) / sum(b), first of the texts, then of resampled texts."""
+    a, b = np.broadcast_arrays(np.asarray(a, float), b)
+    W = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1 / len(a)), RESAMPLES)
+    W = np.concatenate([np.ones_like(W[:1]), W])
+    with np.errstate(invalid="ignore"):
+        return W @ a / (W @ b)
+
+
+def summary(name, x):
+    """The value and the central 95 % of its resamples. What lies beyond the measured is None."""
+    ends = np.quantile(x[1:], [0.025, 0.975], method="nearest")
+    value, *ends = (float(v) if np.isfinite(v) else None for v in (x[0], *ends))
+    return {name: value, name + "_ci": ends}
+
+
+def ppl_at(target, entropies, log_ppls):
+    """gen_ppl where the curve over temperatures has the entropy `target`: log-linear between
+    neighbours, never extrapolated but -inf or inf. 2.6, (2.5, 2.7), (1.0, 1.4) -> e^1.2"""
+    if not entropies.min() <= target <= entropies.max():
+        return math.copysign(np.inf, target - entropies.max())
+    order = np.argsort(entropies)
+    return np.exp(np.interp(target, entropies[order], log_ppls[order]))
+
+
+# ---- judges: score(tokens (N, L), groups) -> nll, counted tokens, characters: (N,) each; gradients
+
+def ngram_judge(data, order=6, a=20.0):
+    """p_k(c | k characters) = (n(context c) + a p_{k-1}(c)) / (n(context) + a), p_{-1} = 1 / K
+    (MacKay and Peto's smoothing): sums to 1. Reads up to 16.8M characters of training text."""
+    if data.spec["name"] != "char":
+        raise BadInput(f"--judge ngram is for characters, not {data.spec['name']} tokens: take ar")
+
+    def codes(x, k):                                       # (..., L) -> (..., L - k): k + 1 in one
+        return sum(x[..., j:x.shape[-1] - k + j] * data.K ** (k - j) for j in range(k + 1))
+
+    def count(keys, n, code):
+        i = np.searchsorted(keys, code).clip(max=len(keys) - 1)
+        return n[i] * (keys[i] == code)
+
+    train, tables = np.asarray(data.train[:2 ** 24], dtype=np.int64), []
+    for k in range(min(order, int(62 / math.log2(data.K)))):         # codes stay below 2^62
+        grams, n = np.unique(codes(train, k), return_counts=True)
+        contexts, of = np.unique(grams // data.K, return_inverse=True)
+        tables.append(((grams, n), (contexts, np.bincount(of, n))))
+
+    def score(tokens, groups=0):
+        x, p = tokens.astype(np.int64), np.full(tokens.shape, 1 / data.K)
+        for k, (grams, contexts) in enumerate(tables[:x.shape[1]]):
+            code = codes(x, k)
+            p[:, k:] = (count(*grams, code) + a * p[:, k:]) / (count(*contexts, code // data.K) + a)
+        counted = np.full(len(x), x.shape[1] - 1)
+        return -np.log(p[:, 1:]).sum(1), counted, counted, None
+    return score
+
+
+def neural_judge(device, forward, encode, decode):
+    """A causal network. forward: ids (B, L) -> hidden (B, L, D), logits (B, L, V); encode: a text's
+    tokens -> ids; decode: list of ids -> str."""
+    @torch.no_grad()
+    def score(tokens, groups=0):
+        """With groups of texts: also each group's gradient, nats per token, in the last matrix,
+        mean of (p - onehot) h^T: where the text meets the hidden state."""
+        ids = [torch.as_tensor(encode(row), dtype=torch.int64) for row in tokens]
+        x = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)   # causal: padding goes unseen
+        counted = torch.tensor([max(0, len(row) - 1) for row in ids])
+        counts = torch.arange(x.shape[1] - 1) < counted[:, None]
+        nll, grads, parts = [], [], groups or -(-x.numel() // 8192)
+        for part, here in zip(x.tensor_split(parts), counts.tensor_split(parts)):
+            part, here = part.to(device), here.to(device)
+            h, logits = forward(part)
+            log_p, target = logits[:, :-1].float().log_softmax(-1), part[:, 1:, None]
+            nll.append(-(log_p.gather(-1, target)[..., 0] * here).sum(1))
+            if groups:
+                error = log_p.exp().scatter_add(-1, target, -torch.ones_like(log_p[..., :1]))
+                error = error * here[..., None] / here.sum()
+                grads.append(torch.einsum("blv,bld->vd", error, h[:, :-1].float()).flatten().cpu())
+        chars = np.array([len(decode(row[1:].tolist())) for row in ids])
+        return (torch.cat(nll).double().cpu().numpy(), counted.numpy(), chars,
+                torch.stack(grads).numpy() if groups else None)
+    return score
+
+
+def find_judge(name, data, device, out, meta):
+    """-> score, or None for --judge none."""
+    if name in ("none", "ngram"):
+        return ngram_judge(data) if name == "ngram" else None
+    if name == "ar" or name.endswith(".pt"):
+        path = out / "judge.pt" if name == "ar" else Path(name)
+        if name == "ar" and not path.exists():
+            print(f"{path} is missing: training it", flush=True)
+            flags = {k: meta[k] for k in ("process", "data", "block_size")} | {
+                "tokenizer": data.spec["name"], "device": device, "out": out, "stage": "judge"}
+            subprocess.run([sys.executable, Path(__file__).with_name("train.py"),
+                            *(f"--{k}={v}" for k, v in flags.items())])
+        net, found = checkpoint.load_network(path, device)
+        if found["process"] != "ar" or found["tokenizer"] != data.spec:
+            raise BadInput(f"{path} cannot judge this text: a {found['process']} model with another "
+                           f"tokenizer; run python train.py --stage judge --data {meta['data']}")
+        return neural_judge(
+            device, lambda x: (h := net.hidden(x, torch.zeros(len(x))), net.project(h)),
+            list, data.tokenizer.decode)
+    if not find_spec("transformers"):
+        raise BadInput(f"--judge {name} needs a package: pip install transformers, or take ar")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        net = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False,
+                                                   use_safetensors=True).to(device).eval()
+    except OSError as error:
+        raise BadInput(f"--judge {name}: {str(error).splitlines()[0]}; check it, or take ar") from None
+    longest = getattr(net.config, "max_position_embeddings", 1024)
+    return neural_judge(
+        device, lambda x: ((y := net(x, output_hidden_states=True)).hidden_states[-1], y.logits),
+        lambda row: own(data.tokenizer.decode(list(row)), add_special_tokens=False, truncation=True,
+                        max_length=longest).input_ids, own.decode)
+
+
+# ---- evaluation -----------------------------------------------------------------------------------
+
+def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=64, seed=1,
+                    metrics=METRICS, mauve=False, judge_name=None):
+    """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None."""
+    if unknown := set(metrics) - set(METRICS):
+        raise BadInput(f"--metrics {' '.join(unknown)}: unknown, choose from {' '.join(METRICS)}")
+    L, n_real = data.block_size, min(num_texts, len(data.val) // data.block_size // 2)
+    if n_real < MIN_TEXTS:
+        raise BadInput(f"{num_texts} texts to write and {n_real} held-out ones: an interval needs "
+                       f"{MIN_TEXTS} of both; raise --num_texts or hold out more text")
+    blocks, is_char = data.val_blocks(2 * n_real).numpy(), data.spec["name"] == "char"
+    groups = min(GROUPS, n_real) if "gm" in metrics else 0
+    reference = judge(blocks[1::2], groups)[3] if judge else None    # blocks[0::2]: the first row
+    known = set(whole_words(data.train_text())) if is_char and "known_words" in metrics else None
+    ngram = ngram_judge(data) if is_char and "ngram_bits" in metrics else None
+    records = []
+
+    def decode(tokens):
+        return [data.tokenizer.decode(row.tolist()) for row in tokens]
+
+    def measure(tokens, **setting):                        # -> record, {name: (1 + RESAMPLES,)}
+        per_text = {"entropy": ([entropy(row) for row in tokens],),
+                    "distinct4": (distinct4(tokens),), "repetition": (repetition(tokens),)}
+        if known:
+            words = [whole_words(text) for text in decode(tokens)]
+            per_text["known_words"] = ([sum(word in known for word in text) for text in words],
+                                       [len(text) for text in words])
+        if ngram:
+            nll, counted, *_ = ngram(tokens)
+            per_text["ngram_bits"] = nll / math.log(2), counted
+        if judge:
+            nll, counted, chars, grads = judge(tokens, groups)
+            per_text |= {"gen_ppl": (nll, counted), "bits_per_char": (nll / math.log(2), chars)}
+            if grads is not None:
+                per_text["gm"] = (gradient_moment(grads, reference),)
+        x = {name: bootstrap(*ab, seed=(seed, len(records))) for name, ab in per_text.items()}
+        if judge:
+            x["gen_ppl"] = np.exp(x["gen_ppl"])
+        record = setting | dict(judge=judge_name, n_texts=len(tokens), seed=seed, block_size=L)
+        for name in METRICS:                               # a gen_ppl never goes without its entropy
+            if name in x and name in {*metrics, "entropy"}:
+                record |= summary(name, x[name])
+        if mauve:
+            from mauve import compute_mauve
+            record["mauve"] = float(compute_mauve(p_text=decode(tokens), q_text=decode(blocks[1::2]),
+                                                  verbose=False).mauve)
+        records.append(record)
+        return record, x
+
+    _, real = measure(blocks[0::2], model="real text", real=True)
+    settings = [(name, sampler, n) for name in nets for sampler in nets[name][2] for n in steps]
+    for name, sampler, n in (bar := tqdm(settings, leave=False, disable=None)):
+        (net, process, _), curve = nets[name], []
+        half = has_bfloat16(net.device)
+        for temperature in temperatures:
+            bar.set_description(f"{name} {sampler} {n} steps at {temperature}")
+            rng, began = torch.Generator().manual_seed(seed), time.time()
+            with torch.autocast(net.device.type, dtype=torch.bfloat16, enabled=half):
+                tokens, nfe = sample(net, process, num_texts, L, n, rng, temperature=temperature,
+                                     ending=sampler)
+            curve.append(measure(
+                tokens.numpy(), process="mdlm" if isinstance(process, Masked) else "duo", model=name,
+                sampler=sampler, steps=n, passes=nfe.double().mean().item(), real=False,
+                temperature=temperature, dtype="bfloat16" if half else "float32",
+                seconds=time.time() - began))
+        if judge and len(curve) > 1:
+            matched = np.array([ppl_at(target, entropies, np.log(ppls)) for target, entropies, ppls in zip(
+                real["entropy"], *(np.stack([x[k] for _, x in curve]).T for k in ("entropy", "gen_ppl")))])
+            for record, _ in curve:
+                record |= summary("gen_ppl_matched", matched)
+    return records
+
+
+# ---- tables and figures ---------------------------------------------------------------------------
+
+def load_records(path):
+    if not Path(path).exists():
+        raise BadInput(f"there are no records at {path}: write them with python evaluate.py")
+    found = json.loads(Path(path).read_text())
+    return found["records"] if isinstance(found, dict) else found
+
+
+def write_json(path, found):                               # a record a line
+    text = json.dumps(found, allow_nan=False).replace('{"', '\n{"') + "\n"
+    checkpoint.write_whole(path, lambda file: file.write(text.encode()))
+
+
+def average(records):
+    """A row per setting. Records that differ in seed, provenance and results (floats) alone are
+    its runs: their mean, and as interval mean -+ standard deviation."""
+    groups, rows = {}, []
+    for r in records:
+        key = {k: v for k, v in r.items() if k not in PROVENANCE and v is not None
+               and (k in SETTINGS or not isinstance(v, (float, list)))}
+        groups.setdefault(repr(sorted(key.items())), []).append(r)
+    for runs in groups.values():
+        rows.append(dict(runs[0], runs=len(runs)))
+        for key in {k for r in runs[1:] for k in r} - SETTINGS:
+            values = [r[key] for r in runs if isinstance(r.get(key), float)]
+            if len(values) > 1:
+                mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
+                rows[-1] |= {key: mean, key + "_ci": [mean - sd, mean + sd]}
+    return rows
+
+
+def cell(record, key):
+    value, ci = record.get(key), record.get(key + "_ci")
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if ci and record.get("runs", 1) > 1:
+        return f"{text} ± {ci[1] - value:.2g}"
+    if ci and key.startswith("gen_ppl"):
+        text += " [{}, {}]".format(*("open" if end is None else f"{end:.3g}" for end in ci))
+    return text
+
+
+def records_table(records, columns=TABLES[""]):
+    """Aligned markdown, for the terminal too; without the columns that hold nothing."""
+    columns = [c for c in columns.split() if any(r.get(c) is not None for r in records)]
+    rows = [columns] + [[cell(r, c) for c in columns] for r in records]
+    width = [max(map(len, column)) for column in zip(*rows)]
+    rows.insert(1, ["-" * w for w in width])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, width))} |" for row in rows)
+
+
+def rewrite_tables(readme="README.md", results="results"):
+    """Fill every block between <!-- table:NAME --> and <!-- /table:NAME --> from NAME.json."""
+    def block(match):
+        begin, name, end = match.groups()
+        rows = average(load_records(Path(results, name + ".json")))
+        if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
+            rows = [r for r in rows if r.get("temperature") in (None, 1)]
+        return (f"{begin}\n{records_table(rows, columns)}\n\nMean ± standard deviation of "
+                f"{max(r['runs'] for r in rows)} runs, or [95 % interval]; `results/{name}.json`\n{end}")
+    text = re.sub(r"(<!-- table:(\w+) -->).*?(<!-- /table:\2 -->)", block, Path(readme).read_text(),
+                  flags=re.DOTALL)
+    checkpoint.write_whole(readme, lambda file: file.write(text.encode()))
+
+
+def plot(records, folder="assets"):
+    """The headline against passes (matched gen_ppl where there was a sweep, else that of temperature
+    1 beside its entropy), and the frontier: gen_ppl against entropy."""
+    from matplotlib.figure import Figure
+    rows = [r for r in average(records) if r.get("gen_ppl")]
+    real = [r for r in rows if r.get("real")]
+    if len(real) in (0, len(rows)):
+        raise BadInput("there is no gen_ppl to plot: evaluate with a judge first")
+    headline = "gen_ppl_matched" if any(r.get("gen_ppl_matched") for r in rows) else "gen_ppl"
+    for name, x, y in (("quality_vs_passes", "passes", headline), ("frontier", "entropy", "gen_ppl")):
+        figure, lines, colors = Figure((6.5, 4.2), dpi=180, layout="constrained"), {}, {}
+        ax = figure.subplots()
+        for r in rows:
+            if r not in real and r.get(y) and (x == "entropy" or r["temperature"] == 1):
+                line = f"{r['process']} {r['model']} {r['sampler']}", r["steps"] * (x == "entropy")
+                lines.setdefault(line, []).append(r)
+        for (model, steps), line in lines.items():
+            label = None if model in colors else model
+            color = colors.setdefault(model, f"C{len(colors)}")
+            bars = [[abs(r[y] - (r[y] if end is None else end)) for end in r[y + "_ci"]] for r in line]
+            ax.errorbar([r[x] for r in line], [r[y] for r in line], np.array(bars).T, marker="o", ms=4,
+                        lw=1.3, elinewidth=0.8, capsize=2, color=color, label=label)
+            for r in line[-1:] if x == "entropy" else line * (y == "gen_ppl"):
+                ax.annotate(steps or f"{r['entropy']:.2f}", (r[x], r[y]), (5, 3), fontsize=7,
+                            color=color, textcoords="offset points")
+        ax.axhline(real[0]["gen_ppl"], color="black", ls="--", lw=1,
+                   label=f"held-out text, entropy {real[0]['entropy']:.2f}")
+        if x == "entropy":
+            ax.axvline(real[0][x], color="black", ls="--", lw=1)
+        ax.set(xscale="log" if x == "passes" else "linear", yscale="log",
+               xlabel="network passes" if x == "passes" else "entropy, nats; a line: one number of steps",
+               ylabel=f"{y}, judge {real[0]['judge']}")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False)
+        figure.savefig(Path(folder, name + ".png"))
+
+
+# ---- command line ---------------------------------------------------------------------------------
+
+def short_table(out, process, device, seed):
+    """What training ends with: temperature 1, and no judge that needs training."""
+    spec = checkpoint.load(Path(out, "teacher.pt"))["tokenizer"]
+    main(["--out", str(out), "--process", process, "--device", str(device), "--seed", str(seed),
+          "--temperatures", "1", "--judge", "ngram" if spec["name"] == "char" else "none"])
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = p.add_argument
+    add("--process", choices=STEPS, default="mdlm")
+    add("--out", type=Path, help="run folder, default out/<process>")
+    add("--models", nargs="+", choices=("teacher", "dcd", "idlm"), help="default: all that are there")
+    add("--init_from", help="one more model: a checkpoint, folder or hub name")
+    add("--data", default="", help="default: what the model was trained on")
+    add("--judge", default="ar", help="see above")
+    add("--steps", nargs="+", type=int, help=f"network passes at most, default {STEPS}")
+    add("--temperatures", nargs="+", type=float, default=[0.8, 0.9, 1.0, 1.1])
+    add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
+        default=["ancestral", "greedy"], help="last step of the uniform process")
+    add("--num_texts", type=int, help="per setting, default 64 on a CPU, else 512")
+    add("--metrics", nargs="+", default=METRICS, help=" ".join(METRICS))
+    add("--mauve", action="store_true", help="MAUVE too, where mauve-text is installed")
+    add("--records", type=Path, help="append the records to this list, such as results/laptop.json")
+    add("--plot", nargs="?", const="", metavar="JSON", help="draw JSON, or out/<process>/eval.json")
+    add("--table", action="store_true", help="rewrite the tables of the README")
+    add("--seed", type=int, default=1)
+    add("--device", help="cuda, mps or cpu; default: the first that is there")
+    args = p.parse_args(argv)
+    args.out, args.steps = args.out or Path("out", args.process), args.steps or STEPS[args.process]
+    if min(args.steps) < 1 or min(args.temperatures) <= 0:
+        raise BadInput(f"--steps {args.steps}, --temperatures {args.temperatures}: must be positive")
+    if args.mauve and not find_spec("mauve"):
+        raise BadInput("--mauve needs a package: pip install mauve-text")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.table:
+        rewrite_tables()
+    if args.plot is not None:
+        plot(load_records(args.plot or args.out / "eval.json"))
+    if args.table or args.plot is not None:
+        return
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")
+    paths = {n: args.out / f"{n}.pt" for n in args.models or ("teacher", "dcd", "idlm")}
+    if not args.models:
+        paths = {n: path for n, path in paths.items() if path.exists()}
+    if args.init_from:
+        paths[args.init_from] = args.init_from
+    elif not args.models and "idlm" not in paths:
+        raise BadInput(f"there is no generator in {args.out} yet: run python train.py first, or "
+                       "name what there is with --models")
+    loaded = {n: checkpoint.load_network(path, device, args.process) for n, path in paths.items()}
+    meta = next(iter(loaded.values()))[1]
+    meta["data"] = args.data or meta["data"]
+    data = TextData(meta["data"], meta["tokenizer"]["name"], meta["block_size"])
+    if wrong := [n for n in loaded if loaded[n][1]["tokenizer"] != data.spec]:
+        raise BadInput(f"{wrong[0]} has another tokenizer than {meta['data']}: give its own --data")
+    endings = args.ending if args.process == "duo" else ["ancestral"]
+    nets = {n: (net, checkpoint.make_process(m), endings) for n, (net, m) in loaded.items()}
+    judge = find_judge(args.judge, data, device, args.out, meta)
+    records = evaluate_models(
+        nets, data, judge, steps=args.steps, temperatures=args.temperatures, seed=args.seed,
+        num_texts=args.num_texts or (64 if device.type == "cpu" else 512), metrics=args.metrics,
+        mauve=args.mauve, judge_name=args.judge)
+    provenance = checkpoint.provenance(args.seed, device) | {"judge": args.judge}
+    write_json(args.out / "eval.json", {"provenance": provenance, "records": records})
+    if args.records:
+        earlier = load_records(args.records) if args.records.exists() else []
+        write_json(args.records, earlier + [provenance | r for r in records])
+    print(f"{records_table(records)}\n{records[0]['n_texts']} texts of {data.block_size} tokens per "
+          f"row, judge {args.judge}; intervals in {args.out / 'eval.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"evaluate.py: {error}")

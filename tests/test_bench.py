@@ -1,0 +1,171 @@
+"""bench.py: its clock, its FLOP units, the KV cache of the rival, and a run at toy size.
+
+    python -m pytest -q tests/test_bench.py
+"""
+import argparse
+import json
+import time
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import bench
+import idlm_loss
+from data import BadInput
+from model import DiT, ModelConfig
+from teacher import Masked, Uniform
+
+TINY = ["--device", "cpu", "--no-compile", "--block_size", "16", "--num_layers", "2", "--width", "32",
+        "--num_heads", "2", "--vocab", "65", "--iters", "2", "--batch_size", "2"]
+
+
+@pytest.fixture
+def args():
+    device = torch.device("cpu")
+    return argparse.Namespace(
+        mode="train", process="duo", update="hard", batch_size=2, block_size=128, num_layers=2,
+        num_heads=2, width=64, iters=3, dropout=0.1, ema=True, compile=False, device=device,
+        where={"device": "NVIDIA H200"}, amp=torch.autocast("cpu", enabled=False))
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    monkeypatch.setattr(idlm_loss, "COMPILE", False)         # main() sets it; put it back afterwards
+
+
+def test_toy_run_of_all_cases_ends_in_a_line_of_json(capsys, tmp_path):
+    bench.main(["--all", "--records", str(tmp_path / "records.json"), *TINY])
+    records = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert records == json.loads((tmp_path / "records.json").read_text())
+    assert [r["name"] for r in records] == [
+        "train mdlm B2", "train hard B2", "train marginal B2", "train soft B2",
+        "sample mdlm 16 B8", "sample mdlm 16 B32", "sample greedy 4 B8", "sample greedy 4 B32",
+        "rival B1", "rival B8", "rival B32"]
+    for r in records:
+        assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"]
+        assert r["tokens_per_s"] == round(1e3 * r["B"] * r["L"] / r["median_ms"])
+        assert r["V"] == (65 if r["process"] == "mdlm" else 64)
+        assert r["mfu"] is None and r["peak_gib"] is None and r["authors"] is None   # not measured
+        assert {"commit", "torch", "device", "date", "command", "seed", "compile_s"} <= r.keys()
+        assert r["recompilations"] == 0
+
+
+@pytest.mark.parametrize("flags", [["train", "--process", "duo", "--update", "soft", "--no-ema"],
+                                   ["sample", "--process", "duo", "--ending", "ancestral", "--steps", "2"],
+                                   ["rival"]])
+def test_one_case_by_its_flags(flags, capsys):
+    bench.main(flags + TINY)
+    record, = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["name"] == {"train": "train soft B2", "sample": "sample ancestral 2 B2",
+                              "rival": "rival B2"}[flags[0]]
+
+
+def test_a_size_of_zero_is_refused():
+    with pytest.raises(BadInput, match="below 1"):
+        bench.main(["train", *TINY, "--iters", "0"])
+
+
+def test_clock_keeps_warm_up_apart_and_times_the_parts(args):
+    """A first call of 0.3 s stands for a compilation; the parts sleep 4 and 8 ms, never less. One
+    graph is compiled in warm-up, two after it: those two are counted."""
+    calls = []
+
+    def step(mark):
+        calls.append(0)
+        bench.counters["stats"]["unique_graphs"] += len(calls) in (1, 4, 5)
+        time.sleep(0.3 if len(calls) == 1 else 0.004)
+        mark()
+        time.sleep(0.008)
+
+    parts, record = bench.measure(args, "sleep", 100, step, warmup=3)
+    assert len(calls) == 6 and record["iters"] == 3
+    assert 4 <= parts[0] < 150 and 8 <= parts[1] < 150 and 12 <= record["median_ms"] < 150
+    assert record["compile_s"] >= 0.1 and record["recompilations"] == 2
+    assert record["mfu"] is None                             # no units, no guess
+
+
+def test_mfu_of_the_papers_masked_iteration_by_hand(args):
+    """SPEC: 9 trunk units of 1.7 TFLOP and 3.5 head units of 0.63 are 17.5 TFLOP: at 989 TFLOP/s
+    17.7 ms. An iteration of T ms thus has an MFU of 17.7 / T, and an unknown device has none."""
+    args.batch_size, args.block_size, args.num_layers, args.width = 8, 1024, 12, 768
+    step = lambda mark: time.sleep(0.02)
+    record = bench.measure(args, "masked", 50258, step, bench.UNITS["mdlm"], warmup=1)[1]
+    assert record["mfu"] * record["median_ms"] == pytest.approx(17.7, rel=0.02)
+    args.where = {"device": "some other card"}
+    assert bench.measure(args, "masked", 50258, step, bench.UNITS["mdlm"], warmup=1)[1]["mfu"] is None
+
+
+class Products(TorchDispatchMode):
+    """FLOPs of the matrix products whose three sizes are all in `sizes`, and attention's calls."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes, self.flops, self.forward, self.backward = sizes, 0, 0, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        if name in ("mm", "addmm"):
+            (n, k), m = args[-2].shape, args[-1].shape[1]
+            self.flops += 2 * n * k * m * ({n, k, m} <= self.sizes)
+        self.forward += "scaled_dot_product" in name and "backward" not in name
+        self.backward += "scaled_dot_product" in name and "backward" in name
+        return op(*args, **(kwargs or {}))
+
+
+def products(args, process, rng, monkeypatch, sizes):
+    """Those of one iteration: `measure` is replaced by a single counted step."""
+    def one_step(args, name, V, step, units):
+        with Products(sizes) as counted:
+            step(lambda: None)
+        found.append(counted)
+
+    found = []
+    monkeypatch.setattr(bench, "measure", one_step)
+    bench.iteration(args, process, rng)
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", ["mdlm", "hard", "marginal", "soft"])
+def test_units_are_the_products_that_an_iteration_computes(kind, args, monkeypatch, rng):
+    """24 D^2 FLOPs a token, layer and weights unit, by the sizes of the products that run; an
+    attention unit a forward call, two a backward call."""
+    args.process, args.update = ("mdlm", "hard") if kind == "mdlm" else ("duo", kind)
+    args.width, tokens, D = 48, 2 * 128, 48
+    process = Masked(5) if kind == "mdlm" else Uniform(4)
+    counted = products(args, process, rng, monkeypatch, {tokens, D, 3 * D, 4 * D})
+    weights, attention, _ = bench.UNITS[kind]
+    assert counted.flops == weights * tokens * args.num_layers * 24 * D * D
+    assert counted.forward + 2 * counted.backward == attention * args.num_layers
+
+
+@pytest.mark.parametrize("kind", ["hard", "marginal"])
+def test_uniform_head_units(kind, args, monkeypatch, rng):
+    """Two draws are projected apart from the rows they come from; the unit does not count them."""
+    args.update, K, D, tokens = kind, 7, 64, 2 * 128
+    counted = products(args, Uniform(K), rng, monkeypatch, {tokens, D, K})
+    assert counted.flops == (bench.UNITS[kind][2] + 2) * tokens * 2 * D * K
+
+
+@pytest.mark.parametrize("segment", [7, 24])
+def test_writing_with_a_cache_equals_writing_without(segment):
+    """The same draws, the whole text through the causal network at every token, in float64."""
+    torch.manual_seed(0)
+    net = DiT(ModelConfig(50, num_layers=3, num_heads=2, width=32, causal=True)).double().eval()
+    for parameter in net.parameters():       # a new network is the identity and predicts nothing
+        torch.nn.init.normal_(parameter, std=0.15)
+    L, B = 24, 3
+    u, first = torch.rand(L, B, dtype=torch.float64), torch.randint(50, (B, 1))
+    text = first
+    with torch.no_grad():
+        for i in range(L):
+            logits = net(text, torch.zeros(B))[:, -1]
+            text = torch.cat([text, idlm_loss.sample_categorical(logits, u[i])[:, None]], dim=1)
+    write = bench.cached_writer(net, first, u, segment)
+    assert torch.equal(write(), text[:, 1:])
+    assert torch.equal(write(), text[:, 1:])                 # a second text starts from nothing
+    assert len(text[:, 1:].unique()) > 20                    # and the comparison is of something
+    with torch.no_grad():                                    # that depends on the past
+        last = net(text[:, :-1], torch.zeros(B))[:, -1].softmax(-1)
+        alone = net(text[:, -2:-1], torch.zeros(B))[:, -1].softmax(-1)
+    assert (last - alone).abs().max() > 0.05
