@@ -92,7 +92,7 @@ def network(args, V, **config):
         net = DiT(ModelConfig(V, args.num_layers, args.num_heads, args.width, **config))
     for zeros in (p for p in net.parameters() if not p.any()):     # products with 0 are faster
         torch.nn.init.normal_(zeros, std=0.02)
-    return net.compile_blocks() if args.compile else net
+    return net.compile_trunk() if args.compile else net
 
 
 def iteration(args, process, rng):
@@ -179,7 +179,8 @@ def cached_writer(net, first, u, segment=256):
         for block, cache in zip(net.blocks, caches):
             h = block(h, cond, cos, sin, cache)
         logits = net.project(net.output_layer(h, cond))[:, 0, :net.config.vocab_size]
-        draw = idlm_loss.fused(idlm_loss.sample_categorical)
+        draw = idlm_loss.compiled(idlm_loss.sample_categorical) if idlm_loss.COMPILE \
+            else idlm_loss.sample_categorical
         token.copy_(draw(logits, u[position][0])[:, None])
         tokens[:, position] = token
         position.add_(1)

@@ -54,6 +54,8 @@ def load(path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        if path.suffix == ".json":
+            return dict(json.loads(path.read_text()))
         # Lightning files hold settings and a tokenizer too: such objects become empty shells
         shell = type("Shell", (), {"__init__": lambda *_: None, "__setstate__": lambda *_: None})
         foreign = () if path.suffix != ".ckpt" else \
@@ -105,19 +107,19 @@ def read_published(found, path, name, process):
         weights |= dict(zip(keys, shadow))
     weights = {key.removeprefix("backbone."): w for key, w in weights.items()}
     beside = path.with_name("config.json")
-    stated = json.loads(beside.read_text()) if beside.exists() else {}
+    stated = load(beside) if beside.exists() else {}
     stated = {PUBLISHED.get(key, key): value for key, value in stated.items()}
     for key in ("vocab_embed.embedding", "sigma_map.mlp.0.weight"):
         if getattr(weights.get(key), "ndim", 0) != 2:
             raise BadInput(f"{name} is no network of this kind: {key} is missing or no matrix")
     V, D = weights["vocab_embed.embedding"].shape
     blocks = [int(key.split(".")[1]) for key in weights if re.match(r"blocks\.\d+\.", key)]
-    meta = {"vocab_size": V, "width": D, "num_layers": max(blocks, default=-1) + 1,
-            "num_heads": max(1, D // 64), "cond_dim": len(weights["sigma_map.mlp.0.weight"]),
-            "dropout": 0.1, "causal": False, "latent_dim": 0, "stage": "teacher",
-            "block_size": 1024, "tokenizer": {"name": "gpt2"},
-            "process": guess_process(stated.get("model_type", "")) or process
-            or guess_process(name) or "mdlm"} | stated
+    meta = asdict(ModelConfig(V)) | {
+        "width": D, "num_layers": max(blocks, default=-1) + 1, "num_heads": max(1, D // 64),
+        "cond_dim": len(weights["sigma_map.mlp.0.weight"]), "dropout": 0.1,
+        "block_size": 1024, "tokenizer": {"name": "gpt2"}, "stage": "teacher",
+        "process": guess_process(stated.get("model_type", "")) or process
+        or guess_process(name) or "mdlm"} | stated
     config = {field.name: meta.pop(field.name) for field in fields(ModelConfig)}
     if "tokenizer" not in stated:           # not our export: its other entries mean nothing here
         meta = {key: meta[key] for key in ("process", "tokenizer", "block_size", "stage")}
@@ -132,18 +134,18 @@ def load_network(name_or_path, device="cpu", process=None):
     name = str(name_or_path)
     path = find_weights(name)
     found = load(path)
-    if "ema" in found and "process" in found:            # one of ours
+    if {"ema", "config", "process"} <= found.keys():     # one of ours
         weights, meta = found["ema"], {k: x for k, x in found.items() if is_plain(x)}
     else:
         weights, meta = read_published(found, path, name, process)
     K, V, is_a = num_words(meta["tokenizer"]), meta["config"]["vocab_size"], meta["process"]
     fits = V in {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
     if not fits or process not in (None, is_a):
-        raise BadInput(f"{name} is a {is_a} network of {V} words, which does not fit the process "
-                       f"{process or is_a} and a tokenizer of {K}; choose another")
+        raise BadInput(f"{name} is a {is_a} network, its vocab_embed.embedding has {V} words: this "
+                       f"does not fit process {process or is_a} with a tokenizer of {K} words")
     try:
         net = DiT(ModelConfig(**meta["config"]))
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise BadInput(f"{name}: {error}") from None
     have, want = ({key: tuple(getattr(w, "shape", "?")) for key, w in state.items()}
                   for state in (weights, net.state_dict()))
@@ -195,14 +197,11 @@ def provenance(seed, device):
     """Where a figure comes from; paths in the command are relative."""
     words = ["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]
     command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), " ".join(words))
-    git = "git describe --always --exclude=* --dirty=+dirty".split()
-    try:
-        commit = subprocess.run(git, cwd=Path(__file__).parent, check=True, capture_output=True,
-                                text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+    git = subprocess.run("git describe --always --exclude='*' --dirty=+dirty", shell=True,
+                         cwd=Path(__file__).parent, capture_output=True, text=True)
     device = torch.device(device)
-    return {"command": command, "commit": commit, "torch": str(torch.__version__),
+    return {"command": command, "commit": git.stdout.strip() or "unknown",
+            "torch": str(torch.__version__),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{device.type}, {torch.get_num_threads()} threads",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seed": seed}

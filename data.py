@@ -80,7 +80,7 @@ def find_documents(source):
 def tokenize(source, tokenizer, cache, val_fraction, val_documents):
     """-> tokens (uint16 memmap), state: the tokenizer's "spec" and, of data sets, "val_start"."""
     n, read, content, is_dataset = find_documents(source)
-    val_from = n - max(1, min(val_documents, int(n * val_fraction))) if is_dataset else None
+    val_from = n - min(val_documents, int(n * val_fraction)) if is_dataset else n
     key = hashlib.sha256(json.dumps([content, tokenizer, val_from]).encode()).hexdigest()[:16]
     final, part, record = (Path(cache, key + end) for end in (".bin", ".part", ".json"))
     state = json.loads(record.read_text()) if record.exists() else {}
@@ -91,7 +91,8 @@ def tokenize(source, tokenizer, cache, val_fraction, val_documents):
     if not state or part.stat().st_size < 2 * state["tokens"]:    # nothing done, or it is lost
         state = {"spec": {"name": tokenizer}, "documents": 0, "tokens": 0}
         if tokenizer == "char":
-            chars = {"\n"}.union(*(text for i in range(n) for text in read(i, i + 1)))
+            groups = (read(i, i + GROUP) for i in range(0, n, GROUP))
+            chars = {"\n"}.union(*(set(text) for group in groups for text in group))
             state["spec"]["chars"] = "".join(sorted(chars))
     bpe = get_tokenizer(state["spec"])
     between = encode(bpe, "\n\n") if tokenizer == "char" else [bpe.eot_token]

@@ -40,7 +40,7 @@ from train import has_bfloat16, pick_device
 
 METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngram_bits".split()
 STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
-MIN_TEXTS, RESAMPLES, GROUPS = 8, 1000, 16
+MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
 # Columns of the table on the terminal, and of the README's from results/NAME.json
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
@@ -218,7 +218,8 @@ def find_judge(name, data, device, out, meta):
     return neural_judge(
         device, lambda x: ((y := net(x, output_hidden_states=True)).hidden_states[-1], y.logits),
         lambda row: own(data.tokenizer.decode(list(row)), add_special_tokens=False, truncation=True,
-                        max_length=longest).input_ids, own.decode)
+                        max_length=longest).input_ids,
+        lambda ids: own.decode(ids, clean_up_tokenization_spaces=False))
 
 
 # ---- evaluation -----------------------------------------------------------------------------------
@@ -356,47 +357,52 @@ def rewrite_tables(readme="README.md", results="results"):
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
         return (f"{begin}\n{records_table(rows, columns)}\n\nMean ± standard deviation of "
-                f"{max(r['runs'] for r in rows)} runs, or [95 % interval]; `results/{name}.json`\n{end}")
+                f"{max(r['runs'] for r in rows if not r.get('real'))} runs, or [95 % interval]; `results/{name}.json`\n{end}")
     text = re.sub(r"(<!-- table:(\w+) -->).*?(<!-- /table:\2 -->)", block, Path(readme).read_text(),
                   flags=re.DOTALL)
     checkpoint.write_whole(readme, lambda file: file.write(text.encode()))
 
 
 def plot(records, folder="assets"):
-    """The headline against passes (matched gen_ppl where there was a sweep, else that of temperature
-    1 beside its entropy), and the frontier: gen_ppl against entropy."""
+    """quality_vs_passes.png: gen_ppl against passes, the matched one where there was a sweep, else
+    that of temperature 1 beside its entropy. frontier.png: gen_ppl against entropy."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
     rows = [r for r in average(records) if r.get("gen_ppl")]
-    real = [r for r in rows if r.get("real")]
-    if len(real) in (0, len(rows)):
+    if not (real := [r for r in rows if r.get("real")]) or len(real) == len(rows):
         raise BadInput("there is no gen_ppl to plot: evaluate with a judge first")
-    headline = "gen_ppl_matched" if any(r.get("gen_ppl_matched") for r in rows) else "gen_ppl"
-    for name, x, y in (("quality_vs_passes", "passes", headline), ("frontier", "entropy", "gen_ppl")):
+    matched = any(r.get("gen_ppl_matched") for r in rows)
+    for name, x, y in (("quality_vs_passes", "passes", "gen_ppl" + "_matched" * matched),
+                       ("frontier", "entropy", "gen_ppl")):
         figure, lines, colors = Figure((6.5, 4.2), dpi=180, layout="constrained"), {}, {}
         ax = figure.subplots()
         for r in rows:
             if r not in real and r.get(y) and (x == "entropy" or r["temperature"] == 1):
-                line = f"{r['process']} {r['model']} {r['sampler']}", r["steps"] * (x == "entropy")
+                line = f"{r['process']} {r['model']}, {r['sampler']}", r["steps"] * (x == "entropy")
                 lines.setdefault(line, []).append(r)
         for (model, steps), line in lines.items():
             label = None if model in colors else model
             color = colors.setdefault(model, f"C{len(colors)}")
-            bars = [[abs(r[y] - (r[y] if end is None else end)) for end in r[y + "_ci"]] for r in line]
-            ax.errorbar([r[x] for r in line], [r[y] for r in line], np.array(bars).T, marker="o", ms=4,
-                        lw=1.3, elinewidth=0.8, capsize=2, color=color, label=label)
-            for r in line[-1:] if x == "entropy" else line * (y == "gen_ppl"):
-                ax.annotate(steps or f"{r['entropy']:.2f}", (r[x], r[y]), (5, 3), fontsize=7,
-                            color=color, textcoords="offset points")
+            bars = [[abs(r[y] - (end or r[y])) for end in r[y + "_ci"]] for r in line]
+            ax.errorbar([r[x] for r in line], [r[y] for r in line], np.transpose(bars), marker="o",
+                        ms=4, lw=1.3, elinewidth=0.8, capsize=2, color=color, label=label)
+            for r in line[-1:] if x == "entropy" else line * (not matched):
+                ax.annotate(steps or f"{r['entropy']:.2f}", (r[x], r[y]), (5, 3), color=color,
+                            fontsize=7, textcoords="offset points")
         ax.axhline(real[0]["gen_ppl"], color="black", ls="--", lw=1,
                    label=f"held-out text, entropy {real[0]['entropy']:.2f}")
         if x == "entropy":
             ax.axvline(real[0][x], color="black", ls="--", lw=1)
-        ax.set(xscale="log" if x == "passes" else "linear", yscale="log",
-               xlabel="network passes" if x == "passes" else "entropy, nats; a line: one number of steps",
-               ylabel=f"{y}, judge {real[0]['judge']}")
-        ax.grid(alpha=0.25)
+            ax.set_xlabel("entropy, nats; along a line the temperature varies, its end tells the steps")
+        else:
+            ax.set_xscale("log", base=2)
+            ax.set_xlabel("network passes" if matched else "network passes (beside a point: its entropy)")
+            ax.xaxis.set_major_formatter("{x:g}")
+        ax.set(yscale="log", ylabel=f"{y}, judge {real[0]['judge']}")
+        ax.yaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter(minor_thresholds=(2, 0.5)))
+        ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, fontsize=8)
         figure.savefig(Path(folder, name + ".png"))
 
 
@@ -414,7 +420,7 @@ def parse_args(argv):
     add = p.add_argument
     add("--process", choices=STEPS, default="mdlm")
     add("--out", type=Path, help="run folder, default out/<process>")
-    add("--models", nargs="+", choices=("teacher", "dcd", "idlm"), help="default: all that are there")
+    add("--models", nargs="+", choices=MODELS, help="default: all that are there")
     add("--init_from", help="one more model: a checkpoint, folder or hub name")
     add("--data", default="", help="default: what the model was trained on")
     add("--judge", default="ar", help="see above")
@@ -449,14 +455,13 @@ def main(argv=None):
         return
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
-    paths = {n: args.out / f"{n}.pt" for n in args.models or ("teacher", "dcd", "idlm")}
-    if not args.models:
-        paths = {n: path for n, path in paths.items() if path.exists()}
-    if args.init_from:
-        paths[args.init_from] = args.init_from
-    elif not args.models and "idlm" not in paths:
+    names = args.models or [n for n in MODELS if (args.out / f"{n}.pt").exists()]
+    if not args.models and not args.init_from and "idlm" not in names:
         raise BadInput(f"there is no generator in {args.out} yet: run python train.py first, or "
                        "name what there is with --models")
+    paths = {n: args.out / f"{n}.pt" for n in names}
+    if args.init_from:
+        paths[args.init_from] = args.init_from
     loaded = {n: checkpoint.load_network(path, device, args.process) for n, path in paths.items()}
     meta = next(iter(loaded.values()))[1]
     meta["data"] = args.data or meta["data"]

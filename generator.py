@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from idlm_loss import device_rng, fused, in_chunks, sample_categorical, upcast
+from idlm_loss import device_rng, per_row, sample_categorical, uniforms, upcast
 from teacher import Masked
 
 
@@ -86,19 +86,16 @@ class Sample(NamedTuple):
 
 def warp(logits, temperature, top_p):                      # (N, K) -> (N, K)
     """Divide by the temperature; then keep the fewest words that hold the share top_p."""
-    if temperature != 1:
-        logits = upcast(logits) / temperature
+    logits = upcast(logits) / temperature
     if top_p < 1:
-        logits = upcast(logits)
         ordered, ids = logits.sort(-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
         logits = logits.scatter(-1, ids, ordered.masked_fill(before >= top_p, -torch.inf))
     return logits
 
 
-def uniforms(n, rng, device):
-    u = torch.rand(n, generator=rng, device=rng.device, dtype=torch.float64)
-    return (u.float() if device.type == "mps" else u).to(device, non_blocking=True)
+def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,)
+    return sample_categorical(warp(logits, temperature, top_p), u)
 
 
 @torch.no_grad()
@@ -124,14 +121,14 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
         x = torch.where(free, x, prompt)
     walk = sample_masked if isinstance(process, Masked) else sample_uniform
     was_training = net.training
-    x, nfe = walk(net.eval(), process, x, free, steps, rng,
-                  lambda logits: warp(logits[:, :process.K], temperature, top_p),
+    how = torch.tensor(temperature, device=net.device), top_p       # a tensor: compiled only once
+    x, nfe = walk(net.eval(), process, x, free, steps, rng, how,
                   ending=ending, fixed_z=fixed_z, callback=callback)
     net.train(was_training)
     return Sample(x.cpu(), nfe)
 
 
-def sample_masked(net, process, x, is_masked, steps, rng, warped, *, fixed_z, callback, **_):
+def sample_masked(net, process, x, is_masked, steps, rng, how, *, fixed_z, callback, **_):
     """Reverse steps of the masked process. Which positions a step reveals is drawn first, on the
     CPU: texts that reveal nothing are not passed through the network, and the head runs at the
     revealed positions alone."""
@@ -156,8 +153,8 @@ def sample_masked(net, process, x, is_masked, steps, rng, warped, *, fixed_z, ca
             else:
                 h = net.hidden(x_in, sigma)
             rows = h.reshape(-1, h.shape[-1])[here]
-            tokens = in_chunks(lambda h, u: fused(sample_categorical)(warped(net.project(h)), u),
-                               process.K, rows, uniforms(len(rows), rng, x.device))
+            tokens = per_row(draw, process.K, (net,), rows,
+                             uniforms(len(rows), rng, x.device), *how)
             x_in = x_in.flatten().index_copy(0, here, tokens).view_as(x_in)
             x = x_in if everyone else x.index_copy(0, texts.to(x.device), x_in)
             is_masked, blank = is_masked & ~reveal, False
@@ -167,14 +164,14 @@ def sample_masked(net, process, x, is_masked, steps, rng, warped, *, fixed_z, ca
     return x, nfe
 
 
-def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s):   # (N, K), (N,) x3 -> (N,)
-    """x_s ~ q(x_s | x_t = z, f), Uniform.posterior, as the mixture that it is.
+def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
+    """x_s ~ q(x_s | x_t = z, f), Uniform.posterior, as the mixture it is. (N, K), (N,) x3 -> (N,)
 
     Up to 1 / (K alpha_t f_z + 1 - alpha_t) the posterior puts K alpha_t f_z + alpha_ts - alpha_t on
     staying at z, spreads alpha_s - alpha_t as f and (1 - alpha_ts)(1 - alpha_s) evenly: choose the
     part, then draw in it, and the posterior itself is never formed.
     """
-    K, a_ts, logits = logits.shape[-1], alpha_t / alpha_s, upcast(logits)
+    K, a_ts, logits = logits.shape[-1], alpha_t / alpha_s, warp(logits, temperature, top_p)
     f_z = (logits.gather(1, z[:, None])[:, 0] - logits.logsumexp(-1)).exp()
     move, spread = alpha_s - alpha_t, (1 - a_ts) * (1 - alpha_s)
     u = u_kind * (K * alpha_t * f_z + 1 - alpha_t)
@@ -183,35 +180,32 @@ def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s):   # (N, K), (N,) 
     return torch.where(u < move, drawn, torch.where(u < move + spread, even, z))
 
 
-def greedy_end(logits, z, alpha_t, published=False):       # (N, K), (N,) -> (N,)
+def greedy_end(logits, z, alpha_t, published=False, temperature=1.0, top_p=1.0):
     """argmax over v of f_v q(z | v): f is a leave-one-out posterior, so the token z under it has
-    still to be weighed in. The published form takes the argmax of f alone."""
+    still to be weighed in. The published form takes the argmax of f alone. (N, K), (N,) -> (N,)"""
+    logits = warp(logits, temperature, top_p)
     if not published:
-        alpha_t = torch.as_tensor(alpha_t, device=logits.device)
-        bonus = (logits.shape[-1] * alpha_t / (1 - alpha_t)).log1p()
+        bonus = torch.log1p(torch.as_tensor(logits.shape[-1] * alpha_t / (1 - alpha_t)))
         here = torch.arange(logits.shape[-1], device=z.device) == z[:, None]
-        logits = torch.where(here, upcast(logits) + bonus, logits)
+        logits = torch.where(here, logits + bonus, logits)
     return logits.argmax(-1)
 
 
-def sample_uniform(net, process, x, free, steps, rng, warped, *, ending, callback, **_):
+def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, **_):
     """Reverse steps of the uniform process; every step is one pass over every text."""
     if ending not in ("ancestral", "greedy", "greedy-published"):
         raise ValueError(f"ending {ending!r}: choose ancestral, greedy or greedy-published")
     x, free = x.to(net.device), free.to(net.device)
     for i in range(steps):
-        t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps], dtype=torch.float64)
-        alpha_t, alpha_s = process.alpha(t)[0]             # tensors: a compiled step takes any value
-        sigma = process.sigma(t[:1]).expand(len(x))
-        h = net.hidden(x, sigma).flatten(0, 1)
+        t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps])
+        alpha_t, alpha_s = process.alpha(t)[0].to(x.device)    # tensors: any value, compiled once
+        h = net.hidden(x, process.sigma(t[:1]).repeat(len(x))).flatten(0, 1)
         if i == steps - 1 and ending != "ancestral":
-            new = in_chunks(lambda h, z: fused(greedy_end)(warped(net.project(h)), z, alpha_t,
-                                                    ending == "greedy-published"),
-                            process.K, h, x.flatten())
+            new = per_row(greedy_end, process.K, (net,), h, x.flatten(), alpha_t,
+                          ending == "greedy-published", *how)
         else:
-            u = [uniforms(x.numel(), rng, x.device) for _ in range(2)]
-            new = in_chunks(lambda h, z, u1, u2: fused(uniform_step)(
-                warped(net.project(h)), z, u1, u2, alpha_t, alpha_s), process.K, h, x.flatten(), *u)
+            u = (uniforms(x.numel(), rng, x.device) for _ in range(2))
+            new = per_row(uniform_step, process.K, (net,), h, x.flatten(), *u, alpha_t, alpha_s, *how)
         x = torch.where(free, new.view_as(x), x)
         if callback:
             callback(i, x)

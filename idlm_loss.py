@@ -36,40 +36,54 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-COMPILE = False           # True: the row formulas below run through torch.compile (train.py sets it)
-CHUNK_ELEMENTS = 2 ** 27  # rows x vocabulary held at once: 0.25 GiB of bfloat16 logits
+COMPILE = False           # True: `per_row` runs through torch.compile (train.py sets it on a GPU)
+CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,024 rows of 50,257 words
+KEEP_ELEMENTS = 2 ** 22   # as few as this are not worth recomputing
 
 
-# ---- tools: rows, chunks, draws -----------------------------------------------------------------
+# ---- tools: rows in chunks, draws ---------------------------------------------------------------
 
 def upcast(logits):
     """float32 for logits in half precision: in bfloat16 the rows of a softmax sum to 0.93 ... 1.07."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def fused(formula):
-    """The formula itself, or its compiled form: one read of the logits where eager takes six."""
-    return _compiled(formula) if COMPILE else formula
+def on_logits(formula, K, nets, *rows):
+    """formula(logits of each network at its hidden rows, the other arguments): what a chunk does."""
+    logits = [net.project(h)[:, :K] for net, h in zip(nets, rows)]
+    return formula(*logits, *rows[len(nets):])
 
 
 @lru_cache(maxsize=None)
-def _compiled(formula):
-    return torch.compile(formula)
+def compiled(function):
+    return torch.compile(function, dynamic=False)
 
 
-def in_chunks(fn, width, *rows):
-    """fn over chunks of the leading dimension of `rows`, concatenated; recomputed in the backward.
+def per_row(formula, K, nets, *rows):
+    """formula(logits, ..., other rows, ...) -> (N,), evaluated chunk by chunk.
 
-    width: elements that fn holds per row (the vocabulary). fn must return a tensor of n rows for
-    n rows. Without recomputation the logits of all chunks would wait in memory for the backward.
+    rows: a hidden row tensor (N, D) for each network, then further row tensors (N, ...), which go
+    with them, and scalars, which go to every chunk. The backward pass projects a chunk again
+    instead of keeping its logits, so that (N x K) never exists. Compiled, all chunks have one
+    shape (the last is filled up), so that nothing is compiled twice.
     """
-    size = max(1, CHUNK_ELEMENTS // width)
-    if len(rows[0]) <= size and len(rows[0]) * width <= 2 ** 22:     # small: keep it
-        return fn(*rows)
-    parts = zip(*(r.split(size) for r in rows))
-    if not torch.is_grad_enabled():
-        return torch.cat([fn(*part) for part in parts])
-    return torch.cat([checkpoint(fn, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    N = len(rows[0])
+    if N * K <= min(KEEP_ELEMENTS, CHUNK_ELEMENTS):
+        return on_logits(formula, K, nets, *rows)
+    run = compiled(on_logits) if COMPILE else on_logits
+    size = 1 << max(1, CHUNK_ELEMENTS // K).bit_length() - 1         # a power of 2
+    size = min(size, 1 << (N - 1).bit_length())
+    is_row = [torch.is_tensor(r) and r.dim() > 0 for r in rows]
+    if COMPILE and N % size:             # with copies of the last row: finite, and cut off again
+        rows = [torch.cat([r, r[-1:].expand(-N % size, *r.shape[1:])]) if ok else r
+                for r, ok in zip(rows, is_row)]
+    out = []
+    for start in range(0, N, size):
+        part = [r[start:start + size] if ok else r for r, ok in zip(rows, is_row)]
+        out.append(checkpoint(run, formula, K, nets, *part, use_reentrant=False,
+                              preserve_rng_state=False)
+                   if torch.is_grad_enabled() else run(formula, K, nets, *part))
+    return torch.cat(out)[:N]
 
 
 def sample_categorical(logits, u):
@@ -95,13 +109,15 @@ def sample_categorical(logits, u):
     return (which * block + torch.searchsorted(inside, rest, right=True).clamp(max=block - 1))[:, 0]
 
 
+def uniforms(n, rng, device):                              # -> (n,) in [0, 1), float64 where it is
+    u = torch.rand(n, generator=rng, device=rng.device, dtype=torch.float64)
+    return (u.float() if device.type == "mps" else u).to(device, non_blocking=True)
+
+
+@torch.no_grad()
 def draw_tokens(net, h, K, rng):
-    """Tokens from the rows' distributions.  # (N, D) -> (N,) int64; no gradient"""
-    u = torch.rand(len(h), generator=rng, device=rng.device, dtype=torch.float64)
-    if h.device.type == "mps":
-        u = u.float()
-    draw = fused(sample_categorical)
-    return in_chunks(lambda h, u: draw(net.project(h)[:, :K], u), K, h, u.to(h.device))
+    """Tokens from the rows' distributions.  # (N, D) -> (N,) int64"""
+    return per_row(sample_categorical, K, (net,), h, uniforms(len(h), rng, h.device))
 
 
 class frozen:
@@ -124,6 +140,10 @@ def flat_rows(mask, device):
 # A visible token is copied with certainty, so only positions that are [MASK] in x_t carry loss. Let
 # x_tilde = eps[0] be the generator's input. Where it is visible, G is that very token, without
 # gradient; so the generator's loss needs the positions masked in both x_tilde and x_t.
+
+def cross_entropy(logits, x):                              # (N, K), (N,) -> (N,)
+    return -upcast(logits).log_softmax(-1).gather(1, x[:, None])[:, 0]
+
 
 def soft_cross_entropy(logits_f, logits_g):                # (N, K), (N, K) -> (N,): -<G, log f>
     return -(upcast(logits_g).softmax(-1) * upcast(logits_f).log_softmax(-1)).sum(-1)
@@ -160,14 +180,12 @@ def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rn
     device, row_weight = h_f.device, weight[:, None].expand(is_masked.shape).flatten()
     # Where x_tilde was masked the target is G's row ...
     soft = flat_rows(was_masked & is_masked, device)
-    soft_nll = in_chunks(lambda f, g: fused(soft_cross_entropy)(
-        fake.project(f)[:, :K], frozen(generator).project(g)[:, :K]),
-        K, h_f[soft], h_g.flatten(0, 1)[soft])
+    soft_nll = per_row(soft_cross_entropy, K, (fake, frozen(generator)),
+                       h_f[soft], h_g.flatten(0, 1)[soft])
     # ... where it was visible, that token.
     hard = flat_rows(~was_masked & is_masked, device)
     x_0 = eps[0].to(device).flatten()[hard]
-    hard_nll = in_chunks(lambda f, x: F.cross_entropy(upcast(fake.project(f)[:, :K]), x,
-                                                      reduction="none"), K, h_f[hard], x_0)
+    hard_nll = per_row(cross_entropy, K, (fake,), h_f[hard], x_0)
     row_weight = row_weight.to(device)
     return ((row_weight[soft] * soft_nll).sum()
             + (row_weight[hard] * hard_nll).sum()) / is_masked.numel()
@@ -189,9 +207,8 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
         x_t = renoise_masked(generator, h_g, eps[0], is_masked, mask_id, rng)
         h_f = fake.hidden(x_t, sigma_fake).flatten(0, 1)[rows]
         h_t = teacher.hidden(x_t, sigma).flatten(0, 1)[rows]
-    gap = in_chunks(lambda g, f, t: fused(masked_gap)(
-        generator.project(g)[:, :K], frozen(fake).project(f)[:, :K],
-        frozen(teacher).project(t)[:, :K]), K, h_g.flatten(0, 1)[rows], h_f, h_t)
+    gap = per_row(masked_gap, K, (generator, frozen(fake), frozen(teacher)),
+                  h_g.flatten(0, 1)[rows], h_f, h_t)
     row_weight = weight[:, None].expand(is_masked.shape).flatten().to(gap.device)[rows]
     return (row_weight * gap).sum() / is_masked.numel()
 
@@ -253,17 +270,14 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     return -dalpha[:, 0] * (G * (log_ratio - inverse)).sum(-1) + (dalpha / (K * a) * rest)[:, 0]
 
 
-def per_row(x, L, device):                                 # (B,) -> (B * L, 1)
+def rows_of(x, L, device):                                 # (B,) -> (B * L, 1)
     return x[:, None].expand(-1, L).reshape(-1, 1).to(device, non_blocking=True)
 
 
 def uniform_mean(formula, K, nets, hs, z, *per_text):
     """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t)."""
-    def rows(*args):
-        hs, rest = args[:len(nets)], args[len(nets):]
-        return fused(formula)(*(net.project(h)[:, :K] for net, h in zip(nets, hs)), *rest)
-    per_text = (per_row(x, z.shape[1], z.device) for x in per_text)
-    return in_chunks(rows, K, *(h.flatten(0, 1) for h in hs), z.flatten(), *per_text).mean()
+    per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
+    return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(), *per_text).mean()
 
 
 @torch.no_grad()
@@ -332,6 +346,11 @@ def device_rng(rng, device):
     return torch.Generator(device).manual_seed(seed)
 
 
+def state_weights(logits_g, ids, noise, scale, tau):       # (N, K), (N, k) x2, (N, 1) -> (N, k)
+    G = upcast(logits_g).softmax(-1)
+    return ((scale * G.gather(1, ids) + noise) / tau).softmax(-1)
+
+
 def soft_state(generator, h_g, scale, std, K, tau, rng):
     """w = scale G + std xi as soft network inputs, differentiable in G.
 
@@ -340,7 +359,7 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     """
     B, L, _ = h_g.shape
     rng = device_rng(rng, h_g.device)
-    scale, std = per_row(scale, L, h_g.device), per_row(std, L, h_g.device)
+    scale, std = rows_of(scale, L, h_g.device), rows_of(std, L, h_g.device)
     size, found = max(1, CHUNK_ELEMENTS // K), []
     with torch.no_grad():                                  # which k entries survive, and their noise
         for h, s, d in zip(*(x.split(size) for x in (h_g.flatten(0, 1), scale, std))):
@@ -351,11 +370,7 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     ids = pad_topk([ids for ids, _ in found])
     noise = pad_topk([xi for _, xi in found], value=-torch.inf)
 
-    def weights(h, ids, noise, s):
-        G = upcast(generator.project(h)[:, :K]).softmax(-1)
-        return ((s * G.gather(1, ids) + noise) / tau).softmax(-1)
-
-    weights = in_chunks(weights, K, h_g.flatten(0, 1), ids, noise, scale)
+    weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau)
     return (weights.view(B, L, -1), ids.view(B, L, -1)), ids[:, 0].view(B, L)
 
 

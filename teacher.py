@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from idlm_loss import (device_rng, flat_rows, fused, in_chunks, pad_topk, per_row, topk_softmax,
-                       uniform_nelbo_probs, upcast)
+import idlm_loss
+from idlm_loss import (cross_entropy, device_rng, flat_rows, frozen, pad_topk, per_row, rows_of,
+                       topk_softmax, uniform_nelbo_probs, upcast)
 
 EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
 
@@ -104,14 +105,9 @@ def mdlm_loss(net, process, x_0, rng, t=None):
     h = net.hidden(x_t, process.sigma(t)).flatten(0, 1)
     rows = flat_rows(x_t == process.mask_id, h.device)
     target = x_0.to(h.device, non_blocking=True).flatten()[rows]
-    weight = per_row(process.weight(t), x_0.shape[1], h.device)[rows, 0]
-    nll = in_chunks(lambda h, x: fused(cross_entropy)(net.project(h)[:, :process.K], x),
-                    process.K, h[rows], target)
+    weight = rows_of(process.weight(t), x_0.shape[1], h.device)[rows, 0]
+    nll = per_row(cross_entropy, process.K, (net,), h[rows], target)
     return (weight * nll).sum() / x_0.numel()
-
-
-def cross_entropy(logits, x):                              # (N, K), (N,) -> (N,)
-    return -upcast(logits).log_softmax(-1).gather(1, x[:, None])[:, 0]
 
 
 class Uniform:
@@ -148,7 +144,7 @@ class Uniform:
 
     def nelbo(self, log_probs, x_0_probs, x_t, t):         # (B, L, K) x2, (B, L), (B,) -> (B, L)
         """-log p bound per token, UDLM eq. (16), for simplex targets (one-hot rows: hard form)."""
-        a, dalpha = (per_row(x, x_t.shape[1], x_t.device) for x in self.alpha(t))
+        a, dalpha = (rows_of(x, x_t.shape[1], x_t.device) for x in self.alpha(t))
         return uniform_nelbo_probs(log_probs.flatten(0, 1), x_0_probs.flatten(0, 1), x_t.flatten(),
                                    a, dalpha).view_as(x_t)
 
@@ -192,9 +188,9 @@ class Uniform:
         """softmax(w / tau) of clean tokens as its top k entries, and z = argmax(w)."""
         B, L = x_0.shape
         rng = device_rng(rng, x_0.device)
-        scale, std = (per_row(x, L, x_0.device) for x in self.gaussian(t)[:2])
+        scale, std = (rows_of(x, L, x_0.device) for x in self.gaussian(t)[:2])
         found = []
-        for x, s, d in zip(*(r.split(max(1, 2 ** 27 // self.K)) for r in (x_0.flatten(), scale, std))):
+        for x, s, d in zip(*(r.split(max(1, idlm_loss.CHUNK_ELEMENTS // self.K)) for r in (x_0.flatten(), scale, std))):
             w = d * torch.randn(len(x), self.K, generator=rng, device=rng.device, dtype=t.dtype)
             found.append(topk_softmax(w.scatter_add_(1, x[:, None], s.expand(-1, 1)), tau))
         weights, ids = (pad_topk([part[i] for part in found]).view(B, L, -1) for i in (0, 1))
@@ -229,7 +225,9 @@ def duo_loss(net, process, x_0, rng, soft=False, t=None):
         a, dalpha = process.alpha(t)
         x_in = z = process.corrupt(x_0, t, rng)
     h = net.hidden(x_in, -a.log())
-    return hard_nelbo_mean(net, process, h, x_0, z, a, dalpha)
+    L, rows = x_0.shape[1], (x.to(h.device, non_blocking=True).flatten() for x in (x_0, z))
+    return per_row(hard_nelbo, process.K, (net,), h.flatten(0, 1), *rows, rows_of(a, L, h.device),
+                   rows_of(dalpha, L, h.device)).mean()
 
 
 def hard_nelbo(logits_f, x, z, a, dalpha):                 # (N, K), (N,) x2, (N, 1) x2 -> (N,)
@@ -248,13 +246,6 @@ def hard_nelbo(logits_f, x, z, a, dalpha):                 # (N, K), (N,) x2, (N
     return (-dalpha / (K * a) * ((cross + own) / xbar_z - K / xbar_z + K / fbar_z))[:, 0]
 
 
-def hard_nelbo_mean(net, process, h, x_0, z, a, dalpha):
-    device, L, K = h.device, x_0.shape[1], process.K
-    rows = (x.to(device, non_blocking=True).flatten() for x in (x_0, z))
-    return in_chunks(lambda h, *rest: fused(hard_nelbo)(net.project(h)[:, :K], *rest), K,
-                     h.flatten(0, 1), *rows, per_row(a, L, device), per_row(dalpha, L, device)).mean()
-
-
 def dcd_loss(student, teacher, process, x_0, delta, rng, t=None):
     """Discrete consistency distillation (Duo sec. 4.2): KL(student(z_t) || teacher(z_s)), s = t - delta,
     the two states being argmaxes of one Gaussian path. Mean nats per token; 0 gradient to teacher."""
@@ -265,10 +256,10 @@ def dcd_loss(student, teacher, process, x_0, delta, rng, t=None):
     with torch.no_grad():
         h_teacher = teacher.hidden(z_s, -process.gaussian(s)[2].log())
 
-    def kl(logits_p, logits_q):
-        log_p, log_q = upcast(logits_p).log_softmax(-1), upcast(logits_q).log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return per_row(kl, process.K, (student, frozen(teacher)),
+                   h.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
 
-    K = process.K
-    return in_chunks(lambda p, q: kl(student.project(p)[:, :K], teacher.project(q).detach()[:, :K]),
-                     K, h.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
+
+def kl(logits_p, logits_q):                                # (N, K) x2 -> (N,)
+    log_p, log_q = upcast(logits_p).log_softmax(-1), upcast(logits_q).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -253,7 +253,7 @@ def run_stage(stage, args, data):
     if s.compile:
         idlm_loss.COMPILE = s.device.type == "cuda"
         for n in (net, teacher, fake.net if fake else None):
-            n and n.compile_blocks()
+            n and n.compile_trunk()
 
     def save(step):
         if main_rank:

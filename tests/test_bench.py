@@ -16,8 +16,8 @@ from data import BadInput
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform
 
-TINY = ["--device", "cpu", "--no-compile", "--block_size", "16", "--num_layers", "2", "--width", "32",
-        "--num_heads", "2", "--vocab", "65", "--iters", "2", "--batch_size", "2"]
+TINY = ("--device cpu --no-compile --block_size 16 --num_layers 2 --width 32 --num_heads 2 "
+        "--vocab 65 --iters 2 --batch_size 2").split()
 
 
 @pytest.fixture
@@ -30,8 +30,12 @@ def args():
 
 
 @pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    monkeypatch.setattr(idlm_loss, "COMPILE", False)         # main() sets it; put it back afterwards
+def settings_of_main(monkeypatch):
+    """main() sets two global switches; they are put back after every test."""
+    monkeypatch.setattr(idlm_loss, "COMPILE", False)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
 
 
 def test_toy_run_of_all_cases_ends_in_a_line_of_json(capsys, tmp_path):
@@ -51,14 +55,14 @@ def test_toy_run_of_all_cases_ends_in_a_line_of_json(capsys, tmp_path):
         assert r["recompilations"] == 0
 
 
-@pytest.mark.parametrize("flags", [["train", "--process", "duo", "--update", "soft", "--no-ema"],
-                                   ["sample", "--process", "duo", "--ending", "ancestral", "--steps", "2"],
-                                   ["rival"]])
-def test_one_case_by_its_flags(flags, capsys):
-    bench.main(flags + TINY)
+@pytest.mark.parametrize("flags, name", [
+    ("train --process duo --update soft --no-ema", "train soft B2"),
+    ("sample --process duo --ending ancestral --steps 2", "sample ancestral 2 B2"),
+    ("rival", "rival B2")])
+def test_one_case_by_its_flags(flags, name, capsys):
+    bench.main(flags.split() + TINY)
     record, = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert record["name"] == {"train": "train soft B2", "sample": "sample ancestral 2 B2",
-                              "rival": "rival B2"}[flags[0]]
+    assert record["name"] == name
 
 
 def test_a_size_of_zero_is_refused():
@@ -90,35 +94,36 @@ def test_mfu_of_the_papers_masked_iteration_by_hand(args):
     17.7 ms. An iteration of T ms thus has an MFU of 17.7 / T, and an unknown device has none."""
     args.batch_size, args.block_size, args.num_layers, args.width = 8, 1024, 12, 768
     step = lambda mark: time.sleep(0.02)
-    record = bench.measure(args, "masked", 50258, step, bench.UNITS["mdlm"], warmup=1)[1]
+    masked = 50258, step, bench.UNITS["mdlm"], 1
+    record = bench.measure(args, "masked", *masked)[1]
     assert record["mfu"] * record["median_ms"] == pytest.approx(17.7, rel=0.02)
     args.where = {"device": "some other card"}
-    assert bench.measure(args, "masked", 50258, step, bench.UNITS["mdlm"], warmup=1)[1]["mfu"] is None
+    assert bench.measure(args, "masked", *masked)[1]["mfu"] is None
 
 
 class Products(TorchDispatchMode):
-    """FLOPs of the matrix products whose three sizes are all in `sizes`, and attention's calls."""
+    """FLOPs of the matrix products whose sizes n, k, m are counted(n, k, m); attention's calls."""
 
-    def __init__(self, sizes):
+    def __init__(self, counted):
         super().__init__()
-        self.sizes, self.flops, self.forward, self.backward = sizes, 0, 0, 0
+        self.counted, self.flops, self.forward, self.backward = counted, 0, 0, 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
         if name in ("mm", "addmm"):
             (n, k), m = args[-2].shape, args[-1].shape[1]
-            self.flops += 2 * n * k * m * ({n, k, m} <= self.sizes)
+            self.flops += 2 * n * k * m * self.counted({n, k, m})
         self.forward += "scaled_dot_product" in name and "backward" not in name
         self.backward += "scaled_dot_product" in name and "backward" in name
         return op(*args, **(kwargs or {}))
 
 
-def products(args, process, rng, monkeypatch, sizes):
+def products(args, process, rng, monkeypatch, counted):
     """Those of one iteration: `measure` is replaced by a single counted step."""
     def one_step(args, name, V, step, units):
-        with Products(sizes) as counted:
+        with Products(counted) as products:
             step(lambda: None)
-        found.append(counted)
+        found.append(products)
 
     found = []
     monkeypatch.setattr(bench, "measure", one_step)
@@ -133,7 +138,8 @@ def test_units_are_the_products_that_an_iteration_computes(kind, args, monkeypat
     args.process, args.update = ("mdlm", "hard") if kind == "mdlm" else ("duo", kind)
     args.width, tokens, D = 48, 2 * 128, 48
     process = Masked(5) if kind == "mdlm" else Uniform(4)
-    counted = products(args, process, rng, monkeypatch, {tokens, D, 3 * D, 4 * D})
+    counted = products(args, process, rng, monkeypatch,
+                       lambda sizes: sizes <= {tokens, D, 3 * D, 4 * D})
     weights, attention, _ = bench.UNITS[kind]
     assert counted.flops == weights * tokens * args.num_layers * 24 * D * D
     assert counted.forward + 2 * counted.backward == attention * args.num_layers
@@ -142,8 +148,8 @@ def test_units_are_the_products_that_an_iteration_computes(kind, args, monkeypat
 @pytest.mark.parametrize("kind", ["hard", "marginal"])
 def test_uniform_head_units(kind, args, monkeypatch, rng):
     """Two draws are projected apart from the rows they come from; the unit does not count them."""
-    args.update, K, D, tokens = kind, 7, 64, 2 * 128
-    counted = products(args, Uniform(K), rng, monkeypatch, {tokens, D, K})
+    args.update, args.width, K, D, tokens = kind, 48, 7, 48, 2 * 128
+    counted = products(args, Uniform(K), rng, monkeypatch, lambda sizes: K in sizes)
     assert counted.flops == (bench.UNITS[kind][2] + 2) * tokens * 2 * D * K
 
 
@@ -152,8 +158,9 @@ def test_writing_with_a_cache_equals_writing_without(segment):
     """The same draws, the whole text through the causal network at every token, in float64."""
     torch.manual_seed(0)
     net = DiT(ModelConfig(50, num_layers=3, num_heads=2, width=32, causal=True)).double().eval()
-    for parameter in net.parameters():       # a new network is the identity and predicts nothing
-        torch.nn.init.normal_(parameter, std=0.15)
+    for block in net.blocks:                 # a new network is the identity and predicts nothing
+        torch.nn.init.ones_(block.adaLN_modulation.bias)
+    torch.nn.init.normal_(net.output_layer.linear.weight, std=0.5)
     L, B = 24, 3
     u, first = torch.rand(L, B, dtype=torch.float64), torch.randint(50, (B, 1))
     text = first

@@ -155,7 +155,8 @@ def test_a_saved_data_set_and_its_validation_documents(tmp_path, folder, byte_gp
     assert x.val.tolist() == joined(DOCUMENTS[-3:])        # a quarter of 13, rounded down
     x = load(tmp_path, folder, tokenizer="gpt2", val_fraction=0.25, block_size=4, val_documents=1)
     assert x.val.tolist() == list(b"end.") and x.train.tolist()[-1] == 256
-    x = load(tmp_path, folder, block_size=4)
+    x = load(tmp_path, folder, block_size=4, val_fraction=0.05)      # not one document: of tokens
+    assert len(x.val) == len(all_tokens(x)) // 20
     assert x.tokenizer.decode(all_tokens(x)) == "\n\n".join(DOCUMENTS)
 
 

@@ -194,7 +194,7 @@ def test_a_pretrained_judge_reads_text_with_its_own_tokenizer(data, monkeypatch)
             assert truncation and not add_special_tokens
             return types.SimpleNamespace(input_ids=[ord(c) % 200 for c in text if c != " "][:max_length])
 
-        def decode(self, ids):
+        def decode(self, ids, clean_up_tokenization_spaces):
             return "?" * len(ids)
 
     class Model(torch.nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import idlm_loss
 from generator import draw_latent
-from idlm_loss import (in_chunks, masked_fake_loss, masked_gap, masked_generator_loss,
+from idlm_loss import (masked_fake_loss, masked_gap, masked_generator_loss, per_row,
                        renoise_masked, soft_cross_entropy)
 from model import DiT, ModelConfig
 from teacher import EPS, Masked, mdlm_loss, stratified_times
@@ -139,24 +139,52 @@ def test_mdlm_loss_is_the_dense_formula(chunk, rng, monkeypatch):
     assert_same([PROCESS.nelbo(log_probs, one_hot, x_t, t).mean()], [dense])
 
 
-def test_chunks_are_recomputed_and_change_nothing(rng):
-    """in_chunks over every size: one chunk kept, one chunk recomputed, several, and no rows."""
-    w = torch.randn(4, 3, generator=rng, dtype=torch.float64).requires_grad_()
-    rows, calls = torch.randn(10, 4, generator=rng, dtype=torch.float64), []
+def test_chunks_are_recomputed_and_change_nothing(rng, monkeypatch):
+    """per_row over every size: kept whole, one chunk recomputed, several, and no rows; scalars and
+    row arguments reach every chunk."""
+    net = Logits(None)
+    w = torch.randn(4, K, generator=rng, dtype=torch.float64).requires_grad_()
+    h, calls = torch.randn(10, 4, generator=rng, dtype=torch.float64), []
+    net.project = lambda rows: rows @ w
+    shift = torch.randn(10, generator=rng, dtype=torch.float64)
 
-    def fn(rows):
-        calls.append(len(rows))
-        return (rows @ w).logsumexp(-1)
+    def formula(logits, shift, factor):
+        calls.append(len(logits))
+        return factor * logits.logsumexp(-1) + shift
 
-    expected = torch.autograd.grad(fn(rows).sum(), w)[0]
-    for width, sizes in ((3, [10]), (2 ** 23, [10, 10]), (2 ** 25, [4, 4, 2] * 2)):
+    dense = 3.0 * (h @ w).logsumexp(-1) + shift
+    expected = torch.autograd.grad(dense.sum(), w, retain_graph=True)[0]
+    for chunk, keep, sizes in ((2 ** 26, 2 ** 22, [10]), (2 ** 26, 0, [10, 10]),
+                               (5 * K, 2 ** 22, [4, 4, 2] * 2)):
+        monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(idlm_loss, "KEEP_ELEMENTS", keep)
         calls.clear()
-        out = in_chunks(fn, width, rows)
+        out = per_row(formula, K, (net,), h, shift, 3.0)
         gradient = torch.autograd.grad(out.sum(), w)[0]
-        torch.testing.assert_close(out, fn(rows), rtol=0, atol=0)
+        torch.testing.assert_close(out, dense, rtol=1e-13, atol=0)
         torch.testing.assert_close(gradient, expected, rtol=1e-13, atol=1e-13)
-        assert sorted(calls[:-1]) == sorted(sizes)         # forward, then again for the backward
-    assert in_chunks(fn, 3, rows[:0]).shape == (0,)
+        assert sorted(calls) == sorted(sizes)              # forward, then again for the backward
+    assert per_row(formula, K, (net,), h[:0], shift[:0], 3.0).shape == (0,)
+
+
+def test_compiled_rows_are_the_eager_rows(rng, monkeypatch):
+    """COMPILE fills the last chunk up with copies of a row: value and gradient stay the same, and
+    another number of rows compiles nothing new."""
+    logits = torch.randn(3, 13, 8, generator=rng, dtype=torch.float64)
+    w = torch.randn(8, 8, generator=rng, dtype=torch.float64).requires_grad_()
+    nets = [Logits(None) for _ in range(3)]
+    nets[0].project = lambda h: h @ w
+    found = {}
+    monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", 4 * 8)
+    monkeypatch.setattr(idlm_loss, "compiled", lambda f: lambda *args: (
+        sizes.append(len(args[3])), f(*args))[1])
+    for compile_ in (False, True):
+        monkeypatch.setattr(idlm_loss, "COMPILE", compile_)
+        sizes = []
+        loss = per_row(masked_gap, 8, nets, *logits)
+        found[compile_] = loss.detach(), torch.autograd.grad(loss.sum(), w)[0]
+        assert set(sizes) == ({4} if compile_ else set())
+    assert_same(found[True], found[False])
 
 
 @pytest.mark.parametrize("x_tilde, masked",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import idlm_loss
-from idlm_loss import (hard_gap, in_chunks, marginal_gap, pad_topk, soft_fake_loss,
+from idlm_loss import (hard_gap, marginal_gap, pad_topk, soft_fake_loss,
                        soft_generator_loss, soft_state, topk_softmax, uniform_fake_loss,
                        uniform_generator_loss, uniform_nelbo)
 from model import TokenEmbedding
@@ -345,28 +345,6 @@ def test_dcd_loss():
 
 
 # ---- chunks and float32 -------------------------------------------------------------------------
-
-def test_in_chunks_small_split_and_recomputed(monkeypatch):
-    """The three ways through in_chunks agree; the split ones run fn again in the backward."""
-    x = torch.randn(10, 4, generator=seeded(21), **f64).requires_grad_()
-    calls = []
-
-    def fn(x):
-        calls.append(len(x))
-        return x.sin().sum(-1)
-
-    weight = torch.arange(10.0, dtype=torch.float64)
-    truth, = grads((weight * fn(x)).sum(), x)
-    for width, expected in ((4, [10]), (2 ** 20, [10, 10]), (2 ** 25, [4, 4, 2, 2, 4, 4])):
-        calls.clear()
-        loss = (weight * in_chunks(fn, width, x)).sum()
-        assert torch.equal(grads(loss, x)[0], truth)
-        assert sorted(calls) == sorted(expected)
-    calls.clear()
-    with torch.no_grad():
-        in_chunks(fn, 2 ** 25, x)
-    assert calls == [4, 4, 2]
-
 
 @pytest.mark.parametrize("name", ["hard", "marginal", "soft", "fake", "soft fake",
                                   "duo", "soft duo", "dcd"])
