@@ -172,15 +172,19 @@ def cached_writer(net, first, u, segment=256):
     token, position, tokens = first.clone(), first.new_zeros(1), first.new_zeros(B, L)
     zeros = net.vocab_embed.embedding.new_zeros(2, B, H, L, net.config.width // H)
     caches = [KVCache(*zeros.clone(), position) for _ in net.blocks]
+    draw = idlm_loss.sample_categorical
+    if idlm_loss.COMPILE:                   # block by block: one compilation serves all layers
+        draw = idlm_loss.compiled(draw)
+        for module in (*net.blocks, net.output_layer):
+            module.compile()
 
     def write_one():
         h, (cos, sin) = net.vocab_embed(token), net.rotary_emb(1, position)
         cond = torch.nn.functional.silu(net.sigma_map(h.new_zeros(B)))
         for block, cache in zip(net.blocks, caches):
             h = block(h, cond, cos, sin, cache)
-        logits = net.project(net.output_layer(h, cond))[:, 0, :net.config.vocab_size]
-        draw = idlm_loss.compiled(idlm_loss.sample_categorical) if idlm_loss.COMPILE \
-            else idlm_loss.sample_categorical
+        # not net.project, which would copy the weights of the head at every token to align them
+        logits = net.output_layer.linear(net.output_layer(h, cond))[:, 0]
         token.copy_(draw(logits, u[position][0])[:, None])
         tokens[:, position] = token
         position.add_(1)
@@ -237,7 +241,7 @@ def main(argv=None):
         raise BadInput("a size, --steps or --iters is below 1; give whole numbers from 1 up")
     args.device, idlm_loss.COMPILE = pick_device(args.device), args.compile
     args.where, cuda = provenance(args.seed, args.device), args.device.type == "cuda"
-    args.amp = torch.autocast(args.device.type, torch.bfloat16, enabled=cuda)
+    args.amp = torch.autocast(args.device.type, torch.bfloat16, enabled=cuda, cache_enabled=False)
     torch.set_float32_matmul_precision("high")
     todo, records = {None: ALL, "scaling": SCALING}.get(args.mode, [args.mode]), []
     for case in ALL if args.all else todo:

@@ -195,8 +195,8 @@ def export(net, meta, folder, dtype=None):
 
 def provenance(seed, device):
     """Where a figure comes from; paths in the command are relative."""
-    words = ["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]
-    command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), " ".join(words))
+    command = " ".join(["python", *sys.argv])
+    command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), command)
     git = subprocess.run("git describe --always --exclude='*' --dirty=+dirty", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
     device = torch.device(device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """How good and how diverse is the text at N passes, against the teacher and against real text?
 
-    python evaluate.py                                   the masked run; a minute on a laptop
-    python evaluate.py --process duo --ending greedy     the uniform run
+    python evaluate.py                                   the masked run of out/mdlm
+    python evaluate.py --process duo --ending greedy     the uniform run of out/duo
     python evaluate.py --judge gpt2-large --init_from kekchpek/idlm-mdlm --data "novels/*.txt"
     python evaluate.py --plot results/laptop.json        both figures of assets/
     python evaluate.py --table                           every table of README.md, from results/
@@ -54,7 +54,7 @@ SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share"}   # numbers
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
 
-# ---- metrics: a number per text, whose mean (or ratio of sums) is the metric ----------------------
+# ---- metrics: a number per text, whose mean (or ratio of sums) is the metric --------------------
 
 def entropy(tokens):                                       # (L,) -> nats
     """Unigram entropy of one text. Of "abab": two words of share 1/2, so log 2 = 0.693."""
@@ -80,8 +80,9 @@ def distinct4(tokens):                                     # (N, L) -> (N,)
     no other text has (1/2, 1/2), shifted here to the mean 0.75.
     """
     grams, n = four_grams(tokens), tokens.shape[1] - 3
-    every, texts = np.unique(np.concatenate(grams), return_counts=True)
-    added = np.array([np.isin(g, every[texts == 1]).sum() / n for g in grams])
+    every, at, texts = np.unique(np.concatenate(grams), return_inverse=True, return_counts=True)
+    text = np.repeat(np.arange(len(grams)), [len(g) for g in grams])
+    added = np.bincount(text, texts[at] == 1) / n
     return added - added.mean() + len(every) / (len(tokens) * n)
 
 
@@ -100,7 +101,7 @@ def gradient_moment(g, r):                                 # (m, P), (m, P) -> (
     """
     gram = (g - r) @ (g - r).T
     with_others = (gram.sum(1) - np.diag(gram)) / (len(gram) - 1)
-    return 2 * with_others - with_others.mean()            # a pair's noise is in both groups' numbers
+    return 2 * with_others - with_others.mean()            # a pair's noise is in both its groups
 
 
 def bootstrap(a, b=1, seed=0):                             # (N,), (N,) -> (1 + RESAMPLES,)
@@ -192,28 +193,28 @@ def find_judge(name, data, device, out, meta):
         return ngram_judge(data) if name == "ngram" else None
     if name == "ar" or name.endswith(".pt"):
         path = out / "judge.pt" if name == "ar" else Path(name)
-        if name == "ar" and not path.exists():
-            print(f"{path} is missing: training it", flush=True)
+        found = checkpoint.load(path) if path.exists() else {}
+        if name == "ar" and found.get("step", -1) < found.get("updates", 0):
+            print(f"{path} is not there or not finished: training it", flush=True)
             flags = {k: meta[k] for k in ("process", "data", "block_size")} | {
                 "tokenizer": data.spec["name"], "device": device, "out": out, "stage": "judge"}
-            subprocess.run([sys.executable, Path(__file__).with_name("train.py"),
+            subprocess.run([sys.executable, Path(__file__).with_name("train.py"), "--resume",
                             *(f"--{k}={v}" for k, v in flags.items())])
         net, found = checkpoint.load_network(path, device)
         if found["process"] != "ar" or found["tokenizer"] != data.spec:
-            raise BadInput(f"{path} cannot judge this text: a {found['process']} model with another "
-                           f"tokenizer; run python train.py --stage judge --data {meta['data']}")
+            raise BadInput(f"{path} cannot judge this text: it is a {found['process']} model, or "
+                           f"of another tokenizer; train one on {meta['data']} with --stage judge")
         return neural_judge(
             device, lambda x: (h := net.hidden(x, torch.zeros(len(x))), net.project(h)),
             list, data.tokenizer.decode)
-    if not find_spec("transformers"):
-        raise BadInput(f"--judge {name} needs a package: pip install transformers, or take ar")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         net = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False,
                                                    use_safetensors=True).to(device).eval()
-    except OSError as error:
-        raise BadInput(f"--judge {name}: {str(error).splitlines()[0]}; check it, or take ar") from None
+    except (ImportError, OSError) as error:
+        raise BadInput(f"--judge {name} cannot be loaded ({str(error).splitlines()[0]}): check the "
+                       "name, pip install transformers, or take --judge ar") from None
     longest = getattr(net.config, "max_position_embeddings", 1024)
     return neural_judge(
         device, lambda x: ((y := net(x, output_hidden_states=True)).hidden_states[-1], y.logits),
@@ -222,7 +223,7 @@ def find_judge(name, data, device, out, meta):
         lambda ids: own.decode(ids, clean_up_tokenization_spaces=False))
 
 
-# ---- evaluation -----------------------------------------------------------------------------------
+# ---- evaluation ---------------------------------------------------------------------------------
 
 def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=64, seed=1,
                     metrics=METRICS, mauve=False, judge_name=None):
@@ -262,13 +263,13 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=
         if judge:
             x["gen_ppl"] = np.exp(x["gen_ppl"])
         record = setting | dict(judge=judge_name, n_texts=len(tokens), seed=seed, block_size=L)
-        for name in METRICS:                               # a gen_ppl never goes without its entropy
+        for name in METRICS:                               # no gen_ppl goes without its entropy
             if name in x and name in {*metrics, "entropy"}:
                 record |= summary(name, x[name])
         if mauve:
             from mauve import compute_mauve
-            record["mauve"] = float(compute_mauve(p_text=decode(tokens), q_text=decode(blocks[1::2]),
-                                                  verbose=False).mauve)
+            record["mauve"] = float(compute_mauve(
+                p_text=decode(tokens), q_text=decode(blocks[1::2]), verbose=False).mauve)
         records.append(record)
         return record, x
 
@@ -284,19 +285,19 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=
                 tokens, nfe = sample(net, process, num_texts, L, n, rng, temperature=temperature,
                                      ending=sampler)
             curve.append(measure(
-                tokens.numpy(), process="mdlm" if isinstance(process, Masked) else "duo", model=name,
-                sampler=sampler, steps=n, passes=nfe.double().mean().item(), real=False,
-                temperature=temperature, dtype="bfloat16" if half else "float32",
-                seconds=time.time() - began))
+                tokens.numpy(), seconds=time.time() - began, model=name, sampler=sampler, steps=n,
+                process="mdlm" if isinstance(process, Masked) else "duo", real=False,
+                passes=nfe.double().mean().item(), temperature=temperature,
+                dtype="bfloat16" if half else "float32"))
         if judge and len(curve) > 1:
-            matched = np.array([ppl_at(target, entropies, np.log(ppls)) for target, entropies, ppls in zip(
-                real["entropy"], *(np.stack([x[k] for _, x in curve]).T for k in ("entropy", "gen_ppl")))])
+            entropies, ppls = (np.stack([x[k] for _, x in curve]).T for k in ("entropy", "gen_ppl"))
+            matched = np.array([*map(ppl_at, real["entropy"], entropies, np.log(ppls))])
             for record, _ in curve:
                 record |= summary("gen_ppl_matched", matched)
     return records
 
 
-# ---- tables and figures ---------------------------------------------------------------------------
+# ---- tables and figures -------------------------------------------------------------------------
 
 def load_records(path):
     if not Path(path).exists():
@@ -330,6 +331,8 @@ def average(records):
 
 def cell(record, key):
     value, ci = record.get(key), record.get(key + "_ci")
+    if key == "gen_ppl_matched" and key in record and value is None:
+        return "not reached"                               # the sweep misses held-out entropy
     if not isinstance(value, float):
         return "–" if value is None else str(value)
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
@@ -341,8 +344,8 @@ def cell(record, key):
 
 
 def records_table(records, columns=TABLES[""]):
-    """Aligned markdown, for the terminal too; without the columns that hold nothing."""
-    columns = [c for c in columns.split() if any(r.get(c) is not None for r in records)]
+    """Aligned markdown, for the terminal too; without the columns that no record has."""
+    columns = [c for c in columns.split() if any(c in r for r in records)]
     rows = [columns] + [[cell(r, c) for c in columns] for r in records]
     width = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * w for w in width])
@@ -356,8 +359,9 @@ def rewrite_tables(readme="README.md", results="results"):
         rows = average(load_records(Path(results, name + ".json")))
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
-        return (f"{begin}\n{records_table(rows, columns)}\n\nMean ± standard deviation of "
-                f"{max(r['runs'] for r in rows if not r.get('real'))} runs, or [95 % interval]; `results/{name}.json`\n{end}")
+        runs = max((r["runs"] for r in rows if not r.get("real")), default=1)
+        return (f"{begin}\n{records_table(rows, columns)}\n\n`results/{name}.json`: mean ± standard"
+                f" deviation of {runs} runs, or of one run its [95 % interval]\n{end}")
     text = re.sub(r"(<!-- table:(\w+) -->).*?(<!-- /table:\2 -->)", block, Path(readme).read_text(),
                   flags=re.DOTALL)
     checkpoint.write_whole(readme, lambda file: file.write(text.encode()))
@@ -393,26 +397,28 @@ def plot(records, folder="assets"):
                    label=f"held-out text, entropy {real[0]['entropy']:.2f}")
         if x == "entropy":
             ax.axvline(real[0][x], color="black", ls="--", lw=1)
-            ax.set_xlabel("entropy, nats; along a line the temperature varies, its end tells the steps")
+            ax.set_xlabel("entropy, nats (along a line: temperature; at its end: steps)")
         else:
             ax.set_xscale("log", base=2)
-            ax.set_xlabel("network passes" if matched else "network passes (beside a point: its entropy)")
+            ax.set_xlabel("network passes" + " (beside a point: its entropy)" * (not matched))
             ax.xaxis.set_major_formatter("{x:g}")
         ax.set(yscale="log", ylabel=f"{y}, judge {real[0]['judge']}")
-        ax.yaxis.set(major_formatter="{x:g}", minor_formatter=LogFormatter(minor_thresholds=(2, 0.5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
         figure.savefig(Path(folder, name + ".png"))
 
 
-# ---- command line ---------------------------------------------------------------------------------
+# ---- command line -------------------------------------------------------------------------------
 
 def short_table(out, process, device, seed):
     """What training ends with: temperature 1, and no judge that needs training."""
     spec = checkpoint.load(Path(out, "teacher.pt"))["tokenizer"]
     main(["--out", str(out), "--process", process, "--device", str(device), "--seed", str(seed),
-          "--temperatures", "1", "--judge", "ngram" if spec["name"] == "char" else "none"])
+          "--temperatures", "1", "--ending", "greedy",
+          "--judge", "ngram" if spec["name"] == "char" else "none"])
 
 
 def parse_args(argv):
@@ -425,7 +431,7 @@ def parse_args(argv):
     add("--data", default="", help="default: what the model was trained on")
     add("--judge", default="ar", help="see above")
     add("--steps", nargs="+", type=int, help=f"network passes at most, default {STEPS}")
-    add("--temperatures", nargs="+", type=float, default=[0.8, 0.9, 1.0, 1.1])
+    add("--temperatures", nargs="+", type=float, default=[0.8, 1.0, 1.2])
     add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
         default=["ancestral", "greedy"], help="last step of the uniform process")
     add("--num_texts", type=int, help="per setting, default 64 on a CPU, else 512")
@@ -439,7 +445,7 @@ def parse_args(argv):
     args = p.parse_args(argv)
     args.out, args.steps = args.out or Path("out", args.process), args.steps or STEPS[args.process]
     if min(args.steps) < 1 or min(args.temperatures) <= 0:
-        raise BadInput(f"--steps {args.steps}, --temperatures {args.temperatures}: must be positive")
+        raise BadInput(f"--steps {args.steps} --temperatures {args.temperatures}: use positives")
     if args.mauve and not find_spec("mauve"):
         raise BadInput("--mauve needs a package: pip install mauve-text")
     return args
@@ -464,7 +470,9 @@ def main(argv=None):
         paths[args.init_from] = args.init_from
     loaded = {n: checkpoint.load_network(path, device, args.process) for n, path in paths.items()}
     meta = next(iter(loaded.values()))[1]
-    meta["data"] = args.data or meta["data"]
+    meta["data"] = args.data or meta.get("data")
+    if not meta["data"]:
+        raise BadInput(f"{args.init_from} does not say which text to compare with: add --data")
     data = TextData(meta["data"], meta["tokenizer"]["name"], meta["block_size"])
     if wrong := [n for n in loaded if loaded[n][1]["tokenizer"] != data.spec]:
         raise BadInput(f"{wrong[0]} has another tokenizer than {meta['data']}: give its own --data")
@@ -480,8 +488,8 @@ def main(argv=None):
     if args.records:
         earlier = load_records(args.records) if args.records.exists() else []
         write_json(args.records, earlier + [provenance | r for r in records])
-    print(f"{records_table(records)}\n{records[0]['n_texts']} texts of {data.block_size} tokens per "
-          f"row, judge {args.judge}; intervals in {args.out / 'eval.json'}")
+    print(f"{records_table(records)}\n{records[0]['n_texts']} texts of {data.block_size} tokens a "
+          f"row, judge {args.judge}; all intervals in {args.out / 'eval.json'}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from idlm_loss import device_rng, per_row, sample_categorical, uniforms, upcast
+from idlm_loss import device_rng, flat_rows, per_row, sample_categorical, to_device, uniforms, upcast
 from teacher import Masked
 
 
@@ -37,7 +37,7 @@ def gaussian_latent(net, x, mask_id, rng):
         return None
     rng = device_rng(rng, net.device)
     z = torch.randn(*x.shape, net.config.latent_dim, generator=rng, device=net.device)
-    return z * (x == mask_id).to(net.device, non_blocking=True)[..., None]
+    return z * to_device(x == mask_id, net.device)[..., None]
 
 
 def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
@@ -46,7 +46,7 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
     soft (uniform process): the network reads the Gaussian state of x_0 at t_tilde, as published.
     """
     if soft:
-        x, _ = process.soft_corrupt(x_0.to(net.device), t_tilde, rng)
+        x, _ = process.soft_corrupt(to_device(x_0, net.device), t_tilde, rng)
         return Latent(x, -process.gaussian(t_tilde)[2].log())
     x = process.corrupt(x_0, t_tilde, rng)
     if isinstance(process, Masked):         # alpha(1) is 1e-3, but sampling starts without any word
@@ -121,7 +121,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
         x = torch.where(free, x, prompt)
     walk = sample_masked if isinstance(process, Masked) else sample_uniform
     was_training = net.training
-    how = torch.tensor(temperature, device=net.device), top_p       # a tensor: compiled only once
+    how = to_device(torch.tensor(temperature), net.device), top_p   # a tensor: compiled only once
     x, nfe = walk(net.eval(), process, x, free, steps, rng, how,
                   ending=ending, fixed_z=fixed_z, callback=callback)
     net.train(was_training)
@@ -135,30 +135,29 @@ def sample_masked(net, process, x, is_masked, steps, rng, how, *, fixed_z, callb
     nfe = torch.zeros(len(x), dtype=torch.int64)
     blank = bool(is_masked.all())                          # all texts equal: one pass serves them all
     z_fixed = gaussian_latent(net, x, process.mask_id, rng) if fixed_z else None
-    x = x.to(net.device)
+    device, x = net.device, to_device(x, net.device)
     for i in range(steps):
         reveal = process.reveal(is_masked, 1 - i / steps, 1 - (i + 1) / steps, rng)
-        texts = reveal.any(1).nonzero()[:, 0]
-        if len(texts):
-            here = reveal[texts].flatten().nonzero()[:, 0].to(x.device, non_blocking=True)
-            everyone = len(texts) == len(x)
-            x_in = x if everyone else x[texts.to(x.device)]
-            sigma = torch.zeros(len(x_in), device=x.device)
+        some = reveal.any(1)
+        if some.any():
+            # Texts that reveal nothing sit out; while most reveal, the batch keeps its one shape.
+            chosen = slice(None) if 2 * some.sum() > len(x) else flat_rows(some, device)
+            here = flat_rows(reveal if 2 * some.sum() > len(x) else reveal[some], device)
+            x_in = x[chosen]
+            sigma = torch.zeros(len(x_in), device=device)
             if net.config.latent_dim:
                 z = gaussian_latent(net, x_in, process.mask_id, rng) if z_fixed is None else \
-                    z_fixed[texts.to(x.device)] * (x_in == process.mask_id)[..., None]
+                    z_fixed[chosen] * (x_in == process.mask_id)[..., None]
                 h = net.hidden(x_in, sigma, z)
             elif blank:
                 h = net.hidden(x_in[:1], sigma[:1]).expand(len(x_in), -1, -1)
             else:
                 h = net.hidden(x_in, sigma)
             rows = h.reshape(-1, h.shape[-1])[here]
-            tokens = per_row(draw, process.K, (net,), rows,
-                             uniforms(len(rows), rng, x.device), *how)
-            x_in = x_in.flatten().index_copy(0, here, tokens).view_as(x_in)
-            x = x_in if everyone else x.index_copy(0, texts.to(x.device), x_in)
+            tokens = per_row(draw, process.K, (net,), rows, uniforms(len(rows), rng, device), *how)
+            x[chosen] = x_in.flatten().index_copy(0, here, tokens).view_as(x_in)
             is_masked, blank = is_masked & ~reveal, False
-            nfe[texts] += 1
+            nfe += some
         if callback:
             callback(i, x)
     return x, nfe
@@ -195,10 +194,10 @@ def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, 
     """Reverse steps of the uniform process; every step is one pass over every text."""
     if ending not in ("ancestral", "greedy", "greedy-published"):
         raise ValueError(f"ending {ending!r}: choose ancestral, greedy or greedy-published")
-    x, free = x.to(net.device), free.to(net.device)
+    x, free = to_device(x, net.device), to_device(free, net.device)
     for i in range(steps):
         t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps])
-        alpha_t, alpha_s = process.alpha(t)[0].to(x.device)    # tensors: any value, compiled once
+        alpha_t, alpha_s = to_device(process.alpha(t)[0], x.device)    # tensors: any value, compiled once
         h = net.hidden(x, process.sigma(t[:1]).repeat(len(x))).flatten(0, 1)
         if i == steps - 1 and ending != "ancestral":
             new = per_row(greedy_end, process.K, (net,), h, x.flatten(), alpha_t,

@@ -30,7 +30,7 @@ Differences from the authors' code: positions gathered; log-softmax in float32 a
 constants; `hard` and `marginal` updates for the uniform process beside their `soft` one.
 To reuse: copy this file alone (it needs torch and nothing else).
 """
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,8 @@ from torch.utils.checkpoint import checkpoint
 
 COMPILE = False           # True: `per_row` runs through torch.compile (train.py sets it on a GPU)
 CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,024 rows of 50,257 words
-KEEP_ELEMENTS = 2 ** 22   # as few as this are not worth recomputing
+KEEP_ELEMENTS = 2 ** 22   # logits as few as this wait for the backward instead of being recomputed
+KEEP_COMPILED = 2 ** 31   # the same when compiled, which keeps them once and in half precision: 4 GiB
 
 
 # ---- tools: rows in chunks, draws ---------------------------------------------------------------
@@ -59,31 +60,34 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
-def per_row(formula, K, nets, *rows):
+def to_device(x, device):
+    """Move without making the host wait: through pinned memory where the target is a GPU."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.contiguous().pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def per_row(formula, K, nets, *rows, chunk=1):
     """formula(logits, ..., other rows, ...) -> (N,), evaluated chunk by chunk.
 
     rows: a hidden row tensor (N, D) for each network, then further row tensors (N, ...), which go
-    with them, and scalars, which go to every chunk. The backward pass projects a chunk again
-    instead of keeping its logits, so that (N x K) never exists. Compiled, all chunks have one
-    shape (the last is filled up), so that nothing is compiled twice.
+    with them, and scalars, which go to every chunk. chunk: how many times CHUNK_ELEMENTS at once.
+    The backward pass projects a chunk again instead of keeping its logits, so that (N x K) never
+    exists. Compiled, all chunks have one shape (the last is filled up): nothing compiles twice.
     """
     N = len(rows[0])
     if N * K <= min(KEEP_ELEMENTS, CHUNK_ELEMENTS):
         return on_logits(formula, K, nets, *rows)
-    run = compiled(on_logits) if COMPILE else on_logits
-    size = 1 << max(1, CHUNK_ELEMENTS // K).bit_length() - 1         # a power of 2
-    size = min(size, 1 << (N - 1).bit_length())
+    size = 1 << max(1, chunk * CHUNK_ELEMENTS // K).bit_length() - 1          # a power of 2
     is_row = [torch.is_tensor(r) and r.dim() > 0 for r in rows]
     if COMPILE and N % size:             # with copies of the last row: finite, and cut off again
         rows = [torch.cat([r, r[-1:].expand(-N % size, *r.shape[1:])]) if ok else r
                 for r, ok in zip(rows, is_row)]
-    out = []
-    for start in range(0, N, size):
-        part = [r[start:start + size] if ok else r for r, ok in zip(rows, is_row)]
-        out.append(checkpoint(run, formula, K, nets, *part, use_reentrant=False,
-                              preserve_rng_state=False)
-                   if torch.is_grad_enabled() else run(formula, K, nets, *part))
-    return torch.cat(out)[:N]
+    run = compiled(on_logits) if COMPILE else on_logits
+    if torch.is_grad_enabled() and not (COMPILE and N * K * len(nets) <= KEEP_COMPILED):
+        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([run(formula, K, nets, *(r[i:i + size] if ok else r for r, ok in
+                                              zip(rows, is_row))) for i in range(0, N, size)])[:N]
 
 
 def sample_categorical(logits, u):
@@ -111,7 +115,7 @@ def sample_categorical(logits, u):
 
 def uniforms(n, rng, device):                              # -> (n,) in [0, 1), float64 where it is
     u = torch.rand(n, generator=rng, device=rng.device, dtype=torch.float64)
-    return (u.float() if device.type == "mps" else u).to(device, non_blocking=True)
+    return to_device(u.float() if device.type == "mps" else u, device)
 
 
 @torch.no_grad()
@@ -131,9 +135,13 @@ class frozen:
         return self.net.project(h)
 
 
+def rows_of(x, L, device):                                 # (B,) -> (B * L, 1): a value per text
+    return to_device(x[:, None], device).expand(-1, L).reshape(-1, 1)
+
+
 def flat_rows(mask, device):
     """Flat indices of the True entries. Masks that live on the CPU cost the device no wait."""
-    return mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    return to_device(mask.flatten().nonzero()[:, 0], device)
 
 
 # ---- masked process (MDLM) ----------------------------------------------------------------------
@@ -157,11 +165,11 @@ def masked_gap(logits_g, logits_f, logits_t):              # -> (N,): <G, log f 
 @torch.no_grad()
 def renoise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng):
     """x_t ~ q(. | G): [MASK] where `is_masked`, else the visible token, else a draw from G."""
-    x_t = x_tilde.to(h_g.device)
+    x_t = to_device(x_tilde, h_g.device)
     drawn = flat_rows((x_tilde == mask_id) & ~is_masked, h_g.device)
     tokens = draw_tokens(generator, h_g.flatten(0, 1)[drawn], mask_id, rng)
     x_t = x_t.flatten().index_copy(0, drawn, tokens).view_as(x_t)
-    return x_t.masked_fill(is_masked.to(h_g.device, non_blocking=True), mask_id)
+    return x_t.masked_fill(to_device(is_masked, h_g.device), mask_id)
 
 
 def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rng):
@@ -177,16 +185,16 @@ def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rn
         h_g = generator.hidden(*eps)
         x_t = renoise_masked(generator, h_g, eps[0], is_masked, mask_id, rng)
     h_f = fake.hidden(x_t, sigma).flatten(0, 1)
-    device, row_weight = h_f.device, weight[:, None].expand(is_masked.shape).flatten()
+    device, L = h_f.device, is_masked.shape[1]
     # Where x_tilde was masked the target is G's row ...
     soft = flat_rows(was_masked & is_masked, device)
     soft_nll = per_row(soft_cross_entropy, K, (fake, frozen(generator)),
                        h_f[soft], h_g.flatten(0, 1)[soft])
     # ... where it was visible, that token.
     hard = flat_rows(~was_masked & is_masked, device)
-    x_0 = eps[0].to(device).flatten()[hard]
+    x_0 = to_device(eps[0], device).flatten()[hard]
     hard_nll = per_row(cross_entropy, K, (fake,), h_f[hard], x_0)
-    row_weight = row_weight.to(device)
+    row_weight = rows_of(weight, L, device)[:, 0]
     return ((row_weight[soft] * soft_nll).sum()
             + (row_weight[hard] * hard_nll).sum()) / is_masked.numel()
 
@@ -209,7 +217,7 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
         h_t = teacher.hidden(x_t, sigma).flatten(0, 1)[rows]
     gap = per_row(masked_gap, K, (generator, frozen(fake), frozen(teacher)),
                   h_g.flatten(0, 1)[rows], h_f, h_t)
-    row_weight = weight[:, None].expand(is_masked.shape).flatten().to(gap.device)[rows]
+    row_weight = rows_of(weight, is_masked.shape[1], gap.device)[rows, 0]
     return (row_weight * gap).sum() / is_masked.numel()
 
 
@@ -270,21 +278,18 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     return -dalpha[:, 0] * (G * (log_ratio - inverse)).sum(-1) + (dalpha / (K * a) * rest)[:, 0]
 
 
-def rows_of(x, L, device):                                 # (B,) -> (B * L, 1)
-    return x[:, None].expand(-1, L).reshape(-1, 1).to(device, non_blocking=True)
-
-
 def uniform_mean(formula, K, nets, hs, z, *per_text):
     """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t)."""
     per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
-    return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(), *per_text).mean()
+    return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(), *per_text,
+                   chunk=4).mean()              # their number never varies: larger chunks waste none
 
 
 @torch.no_grad()
 def renoise_uniform(generator, h_g, keep, noise, K, rng):
     """z ~ q(. | y), y ~ G: the draw where `keep` (probability alpha_t), else a uniform token."""
     y = draw_tokens(generator, h_g.flatten(0, 1), K, rng).view(keep.shape)
-    return torch.where(keep.to(y.device), y, noise.to(y.device))
+    return torch.where(to_device(keep, y.device), y, to_device(noise, y.device))
 
 
 def uniform_fake_loss(generator, fake, eps, keep, noise, a, dalpha, sigma, K, rng):
@@ -320,14 +325,23 @@ def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha
 # the gradient runs through it. Its law is not q(. | G) unless G is one-hot (tests show by how much).
 
 def topk_softmax(w, tau, k=16):                            # (N, K) -> (N, k) weights, (N, k) ids
-    """softmax(w / tau) as its k largest entries: in float32 the very same rows.
+    """softmax(w / tau) as its k largest entries: in float32 the same row.
 
-    exp(-104) is 0 in float32, so entries more than 104 tau below the maximum do not exist in the
-    dense softmax either. If the k-th entry is nearer than that, k is doubled.
+    exp(-25) = 1e-11 is lost in a float32 sum with the largest entry's 1, so entries more than
+    25 tau below the maximum do not count. If the k-th is nearer than that, k is doubled. The
+    largest of blocks of 256 come first: the k largest entries stand in the k best blocks.
     """
+    K = w.shape[-1]
     while True:
-        top, ids = w.topk(min(k, w.shape[-1]), dim=-1)
-        if top.shape[-1] == w.shape[-1] or bool((top[:, 0] - top[:, -1] > 104 * tau).all()):
+        k = min(k, K)
+        if K <= 256 * k:
+            top, ids = w.topk(k)
+        else:
+            blocks = F.pad(w, (0, -K % 256), value=-torch.inf).unflatten(1, (-1, 256))
+            best = blocks.amax(-1).topk(k).indices                   # (N, k) blocks
+            top, at = blocks.gather(1, best[..., None].expand(-1, -1, 256)).flatten(1).topk(k)
+            ids = best.gather(1, at // 256) * 256 + at % 256
+        if k == K or bool((top[:, 0] - top[:, -1] > 25 * tau).all()):
             return (top / tau).softmax(-1), ids
         k *= 2
 
@@ -344,6 +358,10 @@ def device_rng(rng, device):
         return rng
     seed = torch.randint(2 ** 62, (), generator=rng, device=rng.device).item()
     return torch.Generator(device).manual_seed(seed)
+
+
+def gaussian_state(logits_g, xi, scale, std):              # (N, K) x2, (N, 1) x2 -> (N, K)
+    return scale * upcast(logits_g).softmax(-1) + std * xi
 
 
 def state_weights(logits_g, ids, noise, scale, tau):       # (N, K), (N, k) x2, (N, 1) -> (N, k)
@@ -363,15 +381,15 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     size, found = max(1, CHUNK_ELEMENTS // K), []
     with torch.no_grad():                                  # which k entries survive, and their noise
         for h, s, d in zip(*(x.split(size) for x in (h_g.flatten(0, 1), scale, std))):
-            G = upcast(generator.project(h)[:, :K]).softmax(-1)
-            xi = torch.randn(G.shape, generator=rng, device=G.device, dtype=G.dtype)
-            ids = topk_softmax(s * G + d * xi, tau)[1]
+            xi = torch.randn(len(h), K, generator=rng, device=rng.device, dtype=scale.dtype)
+            ids = topk_softmax(per_row(gaussian_state, K, (generator,), h, xi, s, d), tau)[1]
             found.append((ids, d * xi.gather(1, ids)))
     ids = pad_topk([ids for ids, _ in found])
     noise = pad_topk([xi for _, xi in found], value=-torch.inf)
 
-    weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau)
-    return (weights.view(B, L, -1), ids.view(B, L, -1)), ids[:, 0].view(B, L)
+    weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau,
+                      chunk=4)
+    return (weights.view(B, L, -1), ids.view(B, L, -1)), ids[:, 0].contiguous().view(B, L)
 
 
 def soft_fake_loss(generator, fake, eps, scale, std, a, dalpha, sigma, K, rng, tau=1e-3):

@@ -225,10 +225,8 @@ class DiT(nn.Module):
 
 
 def to_device(x, device):
-    """Move without making the host wait: pinned first where the target is a CUDA device."""
-    if x.device == device:
-        return x
-    if device.type == "cuda" and x.device.type == "cpu":
+    """Move without making the host wait: through pinned memory where the target is a GPU."""
+    if x.device.type == "cpu" and device.type == "cuda":
         return x.contiguous().pin_memory().to(device, non_blocking=True)
     return x.to(device)
 

@@ -23,7 +23,7 @@ import torch
 
 import idlm_loss
 from idlm_loss import (cross_entropy, device_rng, flat_rows, frozen, pad_topk, per_row, rows_of,
-                       topk_softmax, uniform_nelbo_probs, upcast)
+                       to_device, topk_softmax, uniform_nelbo_probs, upcast)
 
 EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
 
@@ -104,7 +104,7 @@ def mdlm_loss(net, process, x_0, rng, t=None):
     x_t = process.corrupt(x_0, t, rng)
     h = net.hidden(x_t, process.sigma(t)).flatten(0, 1)
     rows = flat_rows(x_t == process.mask_id, h.device)
-    target = x_0.to(h.device, non_blocking=True).flatten()[rows]
+    target = to_device(x_0, h.device).flatten()[rows]
     weight = rows_of(process.weight(t), x_0.shape[1], h.device)[rows, 0]
     nll = per_row(cross_entropy, process.K, (net,), h[rows], target)
     return (weight * nll).sum() / x_0.numel()
@@ -225,9 +225,9 @@ def duo_loss(net, process, x_0, rng, soft=False, t=None):
         a, dalpha = process.alpha(t)
         x_in = z = process.corrupt(x_0, t, rng)
     h = net.hidden(x_in, -a.log())
-    L, rows = x_0.shape[1], (x.to(h.device, non_blocking=True).flatten() for x in (x_0, z))
+    L, rows = x_0.shape[1], (to_device(x, h.device).flatten() for x in (x_0, z))
     return per_row(hard_nelbo, process.K, (net,), h.flatten(0, 1), *rows, rows_of(a, L, h.device),
-                   rows_of(dalpha, L, h.device)).mean()
+                   rows_of(dalpha, L, h.device), chunk=4).mean()
 
 
 def hard_nelbo(logits_f, x, z, a, dalpha):                 # (N, K), (N,) x2, (N, 1) x2 -> (N,)
@@ -257,7 +257,7 @@ def dcd_loss(student, teacher, process, x_0, delta, rng, t=None):
         h_teacher = teacher.hidden(z_s, -process.gaussian(s)[2].log())
 
     return per_row(kl, process.K, (student, frozen(teacher)),
-                   h.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
+                   h.flatten(0, 1), h_teacher.flatten(0, 1), chunk=4).mean()
 
 
 def kl(logits_p, logits_q):                                # (N, K) x2 -> (N,)

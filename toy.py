@@ -1,102 +1,105 @@
 # SPDX-License-Identifier: MIT
 """Why a mixture, and why its solution is unique: the method on texts of two tokens, seen as points.
 
-    python toy.py                 3 data sets, 2 processes: assets/toy.png, assets/toy_gap.png and
-                                  results/toy.json, in 3 minutes on two CPU cores
+    python toy.py                 assets/toy.png, assets/toy_gap.png, results/toy.json; 3 minutes
     python toy.py --theorem       the exact loss, minimised from three starts; half a minute
-    --seeds 0 1 2                 as in results/toy.json;  --exact: p*'s own denoiser as the teacher
+    --seeds 0 1 2                 as in results/toy.json;  --exact: p*'s own denoiser is the teacher
 
 A token has K = 50 values, so a text is a cell of a 50 x 50 plane and p* is a table. `law` sends the
-whole plane through the sampler, so p_theta is a table too, with no sampling error; only a Gaussian
-latent is averaged over 2^15 draws. Of p_theta are reported: validity, its mass where p* > 0; js, the
-Jensen-Shannon divergence to p* (nats, at most 0.69); kl, KL(p_theta || p*), p* with FLOOR (nats per
-text); least, its mass on the part of p* (one of eight) that it covers worst, over p*'s mass there.
+whole plane through the sampler, so p_theta is a table too, without sampling error; only a Gaussian
+latent is averaged, over 2^15 draws. Reported of p_theta: validity, its mass where p* > 0; js, the
+Jensen-Shannon divergence to p* (nats, <= 0.69); kl, KL(p_theta || p* with FLOOR), nats per text;
+least, its mass on the worst covered of eight parts of p* over p*'s mass there.
 
-Losses, noise and samplers are those of idlm_loss.py, teacher.py, generator.py; the network is a
-smaller one. Generator and fake start as copies of the learned teacher, also under --exact.
+Losses, noise and samplers are the project's own; the network is a smaller one. Generator and fake
+start as copies of a learned teacher, also under --exact.
 """
 import argparse
 import copy
 import json
+import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import idlm_loss as losses
 from checkpoint import provenance
 from generator import Latent, draw_latent, gaussian_latent, generate_probs
-from model import ModelConfig, NoiseLevelEmbedding, TokenEmbedding
+from model import DiT, ModelConfig
 from teacher import Masked, Uniform, duo_loss, mdlm_loss, stratified_times
 
 K, B = 50, 512              # values of a token, texts per batch
 FLOOR = 1e-3                # the exact denoiser's p* spreads this much over the plane: finite logs
-DATA, PROCESSES = ("checkerboard", "two spirals", "eight modes"), ("masked", "uniform")
+DATA = "checkerboard", "two spirals", "eight modes"
+PROCESSES = {"masked": Masked(K + 1), "uniform": Uniform(K)}
+VARIANTS = {"masked": {"no latent": dict(latent_dim=0), "latent through zeros": dict(latent_scale=0.0),
+                       "no fake term": dict(use_fake=False)},
+            "uniform": {"no fake term": dict(use_fake=False), "soft update": dict(update="soft"),
+                        "hard update": dict(update="hard")}}
 
 
-def data_set(name):                                        # -> p* and the part of each cell, (K, K)
-    i, j = torch.meshgrid(*[torch.arange(K).double()] * 2, indexing="ij")
-    if name == "checkerboard":
-        p, part = (4 * i // K + 4 * j // K) % 2 == 0, 4 * (4 * i // K) + 4 * j // K
-    else:                                                  # bumps around points: two arms, or a ring
-        angle, r, width = (torch.linspace(1.6, 10, 600), 2.2, 0.9) if name == "two spirals" else \
-            (torch.arange(4) * torch.pi / 4, 17, 1.5)
-        arm = r * (angle if width < 1 else 1) * torch.stack([angle.cos(), angle.sin()])
-        cells, points = torch.stack([i, j], -1).view(-1, 2) - (K - 1) / 2, torch.cat([arm, -arm], 1).T
-        distance, nearest = torch.cdist(cells, points.double()).min(-1)
-        p, part = (-distance ** 2 / (2 * width ** 2)).exp(), nearest * 8 // len(points)
-        p = torch.where(p > 0.03, p, 0)
-    return (p / p.sum()).view(K, K), part.view(K, K).long()
+def data_set(name):                                        # -> p* and the part of each cell: (K, K)
+    i, j = torch.meshgrid(*[torch.arange(K).double() - (K - 1) / 2] * 2, indexing="ij")
+    r, angle, column, row = i.hypot(j), torch.atan2(j, i), (i * 4 / K).floor(), (j * 4 / K).floor()
+    part = 4 * column + row + 10 if name == "checkerboard" else (angle * 4 / math.pi).round() % 8
+    p = {"checkerboard": ((column + row) % 2 == 0).double(),
+         "two spirals": (6 * (2 * angle - r / 1.6).cos() - 6).exp() * (r > 5) * (r < 24),
+         "eight modes": (2 * (8 * angle).cos() - 2 - (r - 17) ** 2 / 4.5).exp()}[name]
+    p = torch.where(p > 0.03 * p.max(), p, 0)
+    return p / p.sum(), part.long()
 
 
-def draw_texts(p, rng):                                    # -> (B, 2) int64
-    cell = torch.multinomial(p.flatten(), B, replacement=True, generator=rng)
+def draw_texts(p, n, rng):                                 # -> (n, 2) int64
+    cell = torch.multinomial(p.flatten(), n, replacement=True, generator=rng)
     return torch.stack([cell // K, cell % K], 1)
 
 
-class PlaneNet(nn.Module):
-    """Two embeddings and the noise level through an MLP: a DiT of two tokens at a fifth of the time."""
+class PlaneNet(DiT):
+    """A DiT with one MLP over both tokens in place of its blocks: a fifth of the time here."""
+    num_levels = 1                                         # 2: reads both columns of sigma (B, 2)
 
     def __init__(self, config):
-        super().__init__()
-        D, H, self.config, self.device = config.cond_dim, config.width, config, torch.device("cpu")
-        self.vocab_embed, self.sigma_map = TokenEmbedding(config.vocab_size, D), NoiseLevelEmbedding(D)
-        nn.init.normal_(self.vocab_embed.embedding)
-        self.trunk = nn.Sequential(nn.Linear(3 * D, H), nn.GELU(), nn.Linear(H, H), nn.GELU(),
-                                   nn.Linear(H, 2 * D), nn.GELU())
-        self.project = nn.Linear(D, config.vocab_size)
-        if config.latent_dim:                              # as in model.py; latent_scale 0: zeros
-            self.latent_proj = nn.Linear(config.latent_dim, D, bias=False)
-            nn.init.normal_(self.latent_proj.weight, std=config.latent_scale / config.latent_dim ** 0.5)
+        super().__init__(config)
+        D, H = config.width, 2 * config.width
+        self.mlp = nn.Sequential(nn.Linear(2 * D + config.cond_dim, H), nn.GELU(), nn.Linear(H, H),
+                                   nn.GELU(), nn.Linear(H, 2 * D), nn.GELU())
 
     def hidden(self, x, sigma, z=None):
-        h = self.vocab_embed(x) + (0 if z is None else self.latent_proj(z))
-        return self.trunk(torch.cat([h.flatten(1), self.sigma_map(sigma)], 1)).unflatten(1, (2, -1))
+        h = (self.vocab_embed(x) + (0 if z is None else self.latent_proj(z))) * self.config.width ** 0.5
+        levels = sigma.reshape(len(h), -1).T[:self.num_levels]           # t's, and t_tilde's told apart
+        cond = sum(self.sigma_map(level + 20 * k) for k, level in enumerate(levels))
+        return self.mlp(torch.cat([h.flatten(1), cond], 1)).unflatten(1, (2, -1))
 
-    def forward(self, *eps):
-        return self.project(self.hidden(*eps))
+
+def joint(P, x, a, process):                               # (K, K), (...), (...) -> (..., K)
+    """The law P of two tokens, at the second token and x, the first one noised at alpha_t = a."""
+    a, alone = a[..., None], P.sum(0)
+    if isinstance(process, Uniform):
+        return a * P[x] + (1 - a) / K * alone
+    return torch.where((x == K)[..., None], (1 - a) * alone, a * P[x.clamp(max=K - 1)])
 
 
 class Exact(nn.Module):
-    """The best denoiser of a known law: each token's rows given the other, possibly noised, token."""
+    """The best denoiser of a known law: rows of each token given the other one, noised."""
     config, device, project = ModelConfig(K + 1), torch.device("cpu"), nn.Identity()
 
     def __init__(self, p, process):
         super().__init__()
-        self.process, joints = process, (floored(p).float().T, floored(p).float())
-        self.rows = torch.stack([torch.cat([p, p.sum(0)[None]]) for p in joints])  # last: not known
+        self.p, self.process = floored(p).float(), process
 
-    def forward(self, x, sigma, z=None):
-        other = F.one_hot(x, K + 1).float().flip(1)
-        if isinstance(self.process, Uniform):              # known with probability alpha_t, else noise
-            a = (-sigma).exp()[:, None, None]
-            other = torch.cat([a * other[..., :K], (1 - a).expand(-1, 2, 1) / K], -1)
-        return torch.einsum("blv,lvk->blk", other, self.rows).log()
+    def forward(self, x, sigma, z=None):                   # masked: sigma is 0, and any a will do
+        sigma = sigma.reshape(len(sigma), -1)[:, 0]
+        a = (-sigma).exp() if isinstance(self.process, Uniform) else torch.full_like(sigma, 0.5)
+        weights, ids = x if isinstance(x, tuple) else (torch.ones(len(x), 2, 1), x[..., None])
+        rows = [weights[:, l, None] @ joint(P, ids[:, l], a[:, None], self.process)
+                for l, P in ((1, self.p.T), (0, self.p))]
+        return torch.cat(rows, 1).log()
 
     hidden = forward
 
@@ -110,52 +113,156 @@ def kl(p, q):
 
 
 def scores(P, p, part):
-    mass = [torch.zeros(16).double().index_add_(0, part.flatten(), (q * (p > 0)).flatten())
-            for q in (P, p)]
-    middle = (P + p) / 2
-    return {"validity": mass[0].sum().item(), "js": (kl(P, middle) + kl(p, middle)).item() / 2,
-            "kl": kl(P, floored(p)).item(), "least": (mass[0] / mass[1]).nan_to_num(9).min().item()}
+    mass, share = (torch.zeros(16).double().index_add_(0, part.flatten(), (q * (p > 0)).flatten())
+                   for q in (P, p))
+    return {"validity": mass.sum().item(), "js": (kl(P, (P + p) / 2) + kl(p, (P + p) / 2)).item() / 2,
+            "kl": kl(P, floored(p)).item(), "least": (mass / share)[share > 0].min().item()}
 
 
 @torch.no_grad()
-def law(net, process, steps, rng, draws=2 ** 15):          # -> (K, K) float64
-    """p_theta of `sample` with these steps: the law of the state, from noise on, step by step."""
+def law(net, process, steps, rng, draws=2 ** 15):          # -> p_theta (K, K), float64
+    """What `sample` draws from: the law of the state, step after step from pure noise."""
     V, masked = process.vocab_size, isinstance(process, Masked)
     P = torch.full((V, V), 0 if masked else 1 / K ** 2, dtype=torch.float64)
-    P[V - 1, V - 1] += masked                              # all of it on (mask, mask)
+    P[-1, -1] += masked                                    # all of it on [MASK] [MASK]
     for i in range(steps):
         t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps]).double()
         alpha_t, alpha_s = process.alpha(t)[0]
-        x = P.nonzero()
-        x = x[(x == K).any(1)] if masked else x            # texts without [MASK] stay as they are
+        x = (P > 0).nonzero()
+        x = x[(x == K).any(1)] if masked else x            # what holds no [MASK] stays as it is
         copies = draws // len(x) if net.config.latent_dim else 1
         weight, x = P[x[:, 0], x[:, 1]].repeat(copies) / copies, x.repeat(copies, 1)
         eps = Latent(x, process.sigma(t[:1]).float().expand(len(x)), gaussian_latent(net, x, K, rng))
         rows = generate_probs(net, process, eps).double()
         if masked:
-            reveal = (alpha_s - alpha_t) / (1 - alpha_t)
-            rows = torch.where((x == K)[..., None], F.pad(reveal * rows, (0, 1), value=1 - reveal),
-                               F.one_hot(x, V))
-            P[K], P[:, K] = 0, 0
+            reveal = torch.where(x == K, (alpha_s - alpha_t) / (1 - alpha_t), 1)[..., None]
+            rows, P[K], P[:, K] = torch.cat([reveal * rows, 1 - reveal], -1), 0, 0
         else:
             rows, P = process.posterior(rows, x, alpha_t, alpha_s), 0 * P
         P += (weight[:, None] * rows[:, 0]).T @ rows[:, 1]
     return P[:K, :K]
 
 
-def noised(P, a, process):                                 # (K, n) -> (V, n): the first token noised
-    b = (1 - a) * P.sum(0, keepdim=True)
-    return torch.cat([a * P, b]) if isinstance(process, Masked) else a * P + b / K
-
-
 def exact_gap(P, p, process, fake=None, nodes=24):
     """The IDLM loss of the law P, nats per text, all texts and noises summed: the best denoiser of p
     is the teacher, that of P (or of `fake`) the fake. It is KL(P || p) less the KL of both laws at
     t = 1, so never negative, and 0 for P = p alone."""
-    total = 0
-    for u, weight in zip(*numpy.polynomial.legendre.leggauss(nodes)):
-        u = torch.tensor([[(u + 1) / 2]])                  # t = u^4: more nodes where t is small
-        a, slope = process.alpha(u ** 4)
-        for laws in ((P, P if fake is None else fake, p),) * 2:
-            pass
-    return total
+    total, x = 0, torch.arange(process.vocab_size)
+    for u, w in zip(*numpy.polynomial.legendre.leggauss(nodes)):
+        t = torch.tensor([(1 + u) / 2]).double() ** 4      # more nodes where t is small
+        a, slope = process.alpha(t)
+        for turn in (torch.clone, torch.t):                # one token given the other, and vice versa
+            laws = [joint(turn(q), x, a, process) for q in (P, P if fake is None else fake, p)]
+            G, f, f_star = (q.clamp(min=1e-30).log() for q in laws)
+            gap = losses.marginal_gap(G, f, f_star, None, a[:, None], slope[:, None]) \
+                if isinstance(process, Uniform) else -slope * losses.masked_gap(G, f, f_star)
+            total = total + w / 2 * 4 * t ** 0.75 * (laws[0].sum(-1) * gap).sum()
+    return total.squeeze()
+
+
+def step(loss, optimizer, lr):
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+
+
+def theorem():
+    """Descend from three starts, with the IDLM loss and with NELBO(f*) alone (a flat, fixed fake)."""
+    p, part = data_set("eight modes")
+    starts = {"flat": 0 * p, "one mode": ((part == 0) * p + 1e-9).log(), "random": torch.randn(K, K)}
+    for (name, process), fake in product(PROCESSES.items(), (None, torch.ones_like(p))):
+        for start, logits in starts.items():
+            logits, before = logits.double().clone().requires_grad_(), None
+            optimizer = torch.optim.Adam([logits])
+            for i in range(601):
+                P = logits.flatten().softmax(0).view(K, K)
+                before = kl(P, floored(p)).item() if i == 0 else before
+                step(exact_gap(P, floored(p), process, fake, nodes=6), optimizer, 0.3)
+            cells = (-torch.xlogy(P, P).sum()).exp().item()
+            mass = " ".join(f"{P[part == k].sum():.2f}" for k in range(8))
+            print(f"{name:8}{'IDLM loss' if fake is None else 'no fake term':13} from {start:9}"
+                  f"KL {before:.3f} -> {kl(P, floored(p)):.5f}, {cells:3.0f} cells, modes {mass}", flush=True)
+
+
+def train_teacher(p, process, rng, updates):
+    net = PlaneNet(ModelConfig(process.vocab_size, num_layers=0, num_heads=1, width=64, cond_dim=64))
+    optimizer = torch.optim.Adam(net.parameters())
+    for i in range(updates):
+        loss = duo_loss if isinstance(process, Uniform) else mdlm_loss
+        step(loss(net, process, draw_texts(p, 2 * B, rng), rng), optimizer, 3e-3 * min(1, 2 - 2 * i / updates))
+    return net
+
+
+def idlm(start, teacher, p, process, rng, updates, share=1.0, latent_dim=8, latent_scale=4.0,
+         use_fake=True, update="marginal", curve=None):
+    """Alternate fake and generator steps; both networks begin as copies of `start`.
+
+    share: of the texts, those with t_tilde = 1, all that one pass will meet; else t_tilde is uniform.
+    """
+    masked = isinstance(process, Masked)
+    config = replace(start.config, latent_dim=latent_dim * masked, latent_scale=latent_scale)
+    generator = PlaneNet(config)
+    generator.load_state_dict(start.state_dict(), strict=False)
+    fake = copy.deepcopy(start) if use_fake else Exact(torch.ones(K, K), process)
+    fake.num_levels = 1 if masked else 2
+    fake_loss, generator_loss = (losses.masked_fake_loss, losses.masked_generator_loss) if masked else \
+        {"marginal": (losses.uniform_fake_loss, losses.uniform_generator_loss),
+         "hard": (losses.uniform_fake_loss, partial(losses.uniform_generator_loss, gap=losses.hard_gap)),
+         "soft": (losses.soft_fake_loss, losses.soft_generator_loss)}[update]
+
+    def draw():                                            # eps, the second noise, what the fake is told
+        t = stratified_times(B, rng)
+        t_tilde = torch.where(torch.rand(B, generator=rng) < share, 1, torch.rand(B, generator=rng))
+        eps = draw_latent(generator, process, draw_texts(p, B, rng), t_tilde, rng, soft=update == "soft")
+        told = -process.alpha(t_tilde)[0].log()
+        if masked:
+            return eps, process.draw_mask(t, 2, rng), process.weight(t), told
+        noise, clock = (process.gaussian(t)[:2], process.gaussian(t)[2:]) if update == "soft" else \
+            (process.draw_noise(t, 2, rng), process.alpha(t))
+        return eps, *noise, *clock, torch.stack([-clock[0].log(), told], 1)
+
+    optimizer = torch.optim.Adam(generator.parameters(), betas=(0.5, 0.99))
+    if use_fake:
+        optimizer_fake = torch.optim.Adam(fake.parameters(), betas=(0.5, 0.99))
+    gaps = []
+    for i in range(updates):
+        if use_fake:
+            step(fake_loss(generator, fake, *draw(), K, rng), optimizer_fake, 4e-3)
+        gap = generator_loss(generator, fake, teacher, *draw(), *[torch.zeros(B)] * masked, K, rng)
+        step(gap, optimizer, 1e-3 * min(1, i / 20, 2 - 2 * i / updates))
+        gaps.append(2 * gap.item())                        # per text, not per token
+        if curve is not None and i % 20 == 19:
+            P = law(generator, process, 1, rng, 2 ** 13)
+            curve.append((i + 1, kl(P, floored(p)).item(),
+                          exact_gap(P, floored(p), process).item(), sum(gaps[-20:]) / 20))
+    return generator
+
+
+def run(data, name, seed, exact, updates):
+    """A data set under a process: teacher and generators; for the eight modes variants and a curve."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    rng, process, (p, part) = torch.Generator().manual_seed(seed), PROCESSES[name], data_set(data)
+    panels, records, curve = {}, [], []
+
+    def note(net, model, *all_passes):
+        for passes in all_passes:
+            P = law(net, process, passes, rng)
+            records.append({"data": data, "process": name, "teacher": "exact" if exact else "learned",
+                            "model": model, "latent": "gaussian" if net.config.latent_dim else "state",
+                            "passes": passes, **scores(P, p, part), "seed": seed})
+            panels[model, passes] = P, records[-1]
+
+    learned = train_teacher(p, process, rng, updates)
+    teacher = Exact(p, process) if exact else learned
+    note(teacher, "teacher", 1, 4, 50)
+    distil = partial(idlm, learned, teacher, p, process, rng)
+    note(distil(updates), "IDLM", 1)
+    note(distil(updates, share=0.5), "IDLM", 2, 4)
+    if data == "eight modes":
+        for variant, change in VARIANTS[name].items():
+            note(distil(updates // 2, **change), variant, 1)
+        idlm(learned, Exact(p, process), p, process, rng, updates, curve=curve)
+    return panels, records, curve

@@ -196,7 +196,9 @@ class Trainee:
 
 
 def autocast(s):
-    return torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.dtype == "bfloat16")
+    # No cache: before torch 2.13 a weight first cast under no_grad stays without gradient in it.
+    return torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.dtype == "bfloat16",
+                          cache_enabled=False)
 
 
 def lr_factor(step, s):
@@ -252,6 +254,8 @@ def run_stage(stage, args, data):
             teacher.load_state_dict(saved["teacher"])
     if s.compile:
         idlm_loss.COMPILE = s.device.type == "cuda"
+        limit = [n for n in ("recompile_limit", "cache_size_limit") if hasattr(torch._dynamo.config, n)]
+        setattr(torch._dynamo.config, limit[0], 64)      # a formula each, of one function
         for n in (net, teacher, fake.net if fake else None):
             n and n.compile_trunk()
 

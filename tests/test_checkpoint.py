@@ -251,6 +251,7 @@ def test_a_published_checkpoint_computes_what_its_description_says(tmp_path, rng
     net, meta = load_network(write(tmp_path / "mdlm", weights, **CHAR))
     assert net.config == ModelConfig(V, LAYERS, HEADS, D, COND, dropout=0.1)
     assert meta["process"] == "mdlm" and meta["block_size"] == 1024 and meta["stage"] == "teacher"
+    assert torch.allclose(DiT(net.config).rotary_emb.inv_freq, net.rotary_emb.inv_freq)
     sigma = torch.tensor([0.0, 1.3])
     x = torch.randint(V, (2, 9), generator=rng)
     soft = torch.rand(2, 9, V, generator=rng)

@@ -428,7 +428,7 @@ def test_the_sampler_gives_the_latent_to_masked_positions(fixed, rng):
     net.hidden = hidden
     prompt = torch.full((n, length), -1)
     prompt[:, 0] = torch.arange(n)                         # so that a text tells its own number
-    sample(net, PROCESS, n, length, 5, rng, prompt=prompt, fixed_z=fixed)
+    sample(net, PROCESS, n, length, 15, rng, prompt=prompt, fixed_z=fixed)
     for x, z in passes:
         assert z.shape == (*x.shape, 5)
         assert torch.equal((z == 0).all(-1), x != MASK)

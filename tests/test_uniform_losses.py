@@ -34,18 +34,18 @@ def close(found, truth, atol=1e-9):
 # ---- top-k instead of the whole vocabulary ------------------------------------------------------
 
 def smallest_safe_k(w, tau):
-    """One more than the entries that the dense float32 softmax holds at all, at most K."""
-    return min(((w / tau).softmax(-1) > 0).sum(-1).max().item() + 1, w.shape[-1])
+    """One more than the entries within 25 tau of their row's largest, at most K."""
+    near = w.max(-1, keepdim=True).values - w <= 25 * tau
+    return min(near.sum(-1).max().item() + 1, w.shape[-1])
 
 
-@pytest.mark.parametrize("t, enough", [(1e-3, False), (0.2, False), (0.9, True)])
+@pytest.mark.parametrize("t, enough", [(1e-3, False), (0.2, True), (0.9, True)])
 def test_topk_softmax_is_the_dense_one(t, enough):
     """K = 50257, float32, tau = 1e-3: the weights are the dense softmax's, what is left out is
-    exactly 0 there, and k is the first of 16, 32, ... that is safe.
+    together less than the rounding of 1 (6e-8), and k is the first of 16, 32, ... that is safe.
 
     The smallest safe k depends on the spread of the noise. Rows of pure noise, as under a generator
-    that is undecided, are the worst case: at std 0.13 (t = 1e-3) 40 of them have up to 90 entries
-    within 104 tau of their maximum, at 0.62 (t = 0.9) fewer than 16.
+    that is undecided, are the worst case, and worst at the clean end (std 0.13, t = 1e-3).
     """
     K, tau = 50257, 1e-3
     _, std, *_ = Uniform(K).gaussian(torch.tensor([t]))
@@ -54,13 +54,13 @@ def test_topk_softmax_is_the_dense_one(t, enough):
     dense = (w / tau).softmax(-1)
     safe, k = smallest_safe_k(w, tau), weights.shape[-1]
     assert k >= safe and (k == 16 or k // 2 < safe) and (safe <= 16) == enough
-    assert dense.scatter(1, ids, 0).max() == 0
-    assert dense.scatter(1, ids[:, :safe - 2], 0).max() > 0           # one fewer would lose some
+    assert dense.scatter(1, ids, 0).sum(-1).max() < 6e-8
+    assert (ids[:, 0] == w.argmax(-1)).all() and (weights.diff(dim=-1) <= 0).all()
     assert torch.allclose(weights, dense.gather(1, ids), rtol=1e-5, atol=1e-9)
 
 
 def test_ties_raise_k():
-    """Rows nearer to each other than 104 tau need every entry, also in one row of many."""
+    """Rows nearer to each other than 25 tau need every entry, also in one row of many."""
     K, tau = 50, 1e-3
     w = torch.randn(6, K, generator=seeded(1))
     w[:, 7] += 9.0                                          # a clear winner: 16 do
@@ -72,7 +72,7 @@ def test_ties_raise_k():
     assert torch.allclose(found, (w / tau).softmax(-1), rtol=1e-5, atol=1e-9)
     w[3, 20:] -= 1.0                                        # 20 near-equal ones: 32 do, 16 do not
     assert topk_softmax(w, tau)[0].shape == (6, 32)
-    w[3] = 0.104 * (torch.arange(K) > 0)                    # the edge itself counts as near
+    w[3] = 0.0249 * (torch.arange(K) > 0)                    # the edge itself counts as near
     assert topk_softmax(-w, tau)[0].shape == (6, K)
 
 
