@@ -121,8 +121,8 @@ class Uniform:
 
     def __init__(self, vocab_size, alpha_max=0.999, alpha_min=1e-3):
         self.vocab_size = self.K = vocab_size
-        self.z = torch.arange(-9, 30, 0.01, dtype=torch.float64)
-        self.Phi_power = ((self.K - 1) * torch.special.log_ndtr(self.z)).exp() * 0.01
+        self.z = torch.arange(-9, 30, 0.05, dtype=torch.float64)
+        self.Phi_power = ((self.K - 1) * torch.special.log_ndtr(self.z)).exp() * 0.05
         self.gamma_min, self.gamma_max = self.gamma_at(alpha_max), self.gamma_at(alpha_min)
 
     def sigma(self, t):

@@ -195,7 +195,7 @@ def train_teacher(p, process, rng, updates):
     return net
 
 
-def idlm(start, teacher, p, process, rng, updates, share=1.0, latent_dim=8, latent_scale=4.0,
+def idlm(start, teacher, p, process, rng, updates, share=1.0, latent_dim=8, latent_scale=1.0,
          use_fake=True, update="marginal", curve=None):
     """Alternate fake and generator steps; both networks begin as copies of `start`.
 
@@ -219,9 +219,9 @@ def idlm(start, teacher, p, process, rng, updates, share=1.0, latent_dim=8, late
         told = -process.alpha(t_tilde)[0].log()
         if masked:
             return eps, process.draw_mask(t, 2, rng), process.weight(t), told
-        noise, clock = (process.gaussian(t)[:2], process.gaussian(t)[2:]) if update == "soft" else \
-            (process.draw_noise(t, 2, rng), process.alpha(t))
-        return eps, *noise, *clock, torch.stack([-clock[0].log(), told], 1)
+        noise = process.gaussian(t) if update == "soft" else \
+            (*process.draw_noise(t, 2, rng), *process.alpha(t))           # ends with alpha_t and slope
+        return eps, *noise, torch.stack([-noise[2].log(), told], 1)
 
     optimizer = torch.optim.Adam(generator.parameters(), betas=(0.5, 0.99))
     if use_fake:

@@ -41,24 +41,24 @@ from teacher import Uniform, dcd_loss, duo_loss, mdlm_loss, stratified_times
 # What a preset sets may be set by a flag too; a stage's own entry goes before the general one.
 PRESETS = {
     # 2 CPU cores: about 9 minutes for everything. Characters of Shakespeare.
-    "laptop": dict(data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x192",
-                   dropout=0.0, batch_size=64, micro_batch=64, ema=0.999, warmup=100, beta2=0.99, save_every=500,
-                   teacher=dict(updates=2500, lr=2e-3), dcd=dict(updates=500, lr=3e-4),
-                   idlm=dict(updates=600, lr=3e-5, fake_lr=3e-4, ema=0.99, warmup=20),
-                   judge=dict(updates=800, lr=2e-3)),
-    # One GPU: a few minutes. The same text, a larger network.
+    "laptop": dict(data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x128",
+                   dropout=0.0, batch_size=64, micro_batch=64, ema=0.999, warmup=100, beta2=0.95,
+                   save_every=1000, teacher=dict(updates=2000, lr=2e-3),
+                   dcd=dict(updates=500, lr=3e-4, batch_size=32),
+                   idlm=dict(updates=1100, lr=1e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20),
+                   judge=dict(updates=1500, lr=2e-3)),
+    # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384",
-                dropout=0.1, batch_size=128, micro_batch=128, ema=0.999, warmup=200, beta2=0.99,
-                save_every=1000,
-                teacher=dict(updates=8000, lr=1e-3), dcd=dict(updates=1500, lr=1e-4),
-                idlm=dict(updates=2000, lr=1e-5, fake_lr=1e-4, ema=0.99, warmup=50),
-                judge=dict(updates=2500, lr=1e-3)),
-    # The paper's recipe: 169M parameters, batch 512, published optimiser. Days on eight GPUs.
+                dropout=0.1, batch_size=128, micro_batch=128, ema=0.999, warmup=200, beta2=0.95,
+                save_every=2000, teacher=dict(updates=10_000, lr=1e-3),
+                dcd=dict(updates=2000, lr=1e-4),
+                idlm=dict(updates=3000, lr=3e-5, fake_lr=3e-4, ema=0.99, warmup=50),
+                judge=dict(updates=3000, lr=1e-3)),
+    # The paper's recipe: 169M parameters, batch 512, the published optimiser. Days on eight GPUs.
     "owt": dict(data="openwebtext", tokenizer="gpt2", block_size=1024, size="12x12x768",
                 dropout=0.1, batch_size=512, micro_batch=8, ema=0.9999, warmup=2500, beta2=0.999,
-                save_every=1000,
-                teacher=dict(updates=1_000_000, lr=3e-4), dcd=dict(updates=50_000, lr=6e-5),
-                idlm=dict(updates=100_000, lr=1e-6, fake_lr=1e-6),
+                save_every=1000, teacher=dict(updates=1_000_000, lr=3e-4),
+                dcd=dict(updates=50_000, lr=6e-5), idlm=dict(updates=100_000, lr=1e-6, fake_lr=1e-6),
                 judge=dict(updates=100_000, lr=3e-4)),
 }
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
