@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The latent-mixture generator, and the few-step sampler that teacher and generator share.
 
-    p_theta(x) = E_eps prod_i Cat(x_i; G_i(eps))                    IDLM, arXiv 2602.19066, sec. 4
+    p_theta(x) = E_eps prod_i Cat(x_i; G_i(eps))                            IDLM, arXiv 2602.19066
 
 eps = (x_tilde, sigma, z): real text noised to a random level t_tilde, which is what the generator
 meets at every step of sampling, and optionally a Gaussian latent z. Tokens are independent only
@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from idlm_loss import device_rng, flat_rows, per_row, sample_categorical, to_device, uniforms, upcast
+from idlm_loss import (device_rng, flat_rows, per_row, sample_categorical, to_device, uniforms,
+                       upcast)
 from teacher import Masked
 
 
@@ -133,7 +134,7 @@ def sample_masked(net, process, x, is_masked, steps, rng, how, *, fixed_z, callb
     CPU: texts that reveal nothing are not passed through the network, and the head runs at the
     revealed positions alone."""
     nfe = torch.zeros(len(x), dtype=torch.int64)
-    blank = bool(is_masked.all())                          # all texts equal: one pass serves them all
+    blank = bool(is_masked.all())                          # equal texts: one pass serves them all
     z_fixed = gaussian_latent(net, x, process.mask_id, rng) if fixed_z else None
     device, x = net.device, to_device(x, net.device)
     for i in range(steps):
@@ -197,14 +198,15 @@ def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, 
     x, free = to_device(x, net.device), to_device(free, net.device)
     for i in range(steps):
         t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps])
-        alpha_t, alpha_s = to_device(process.alpha(t)[0], x.device)    # tensors: any value, compiled once
+        alpha_t, alpha_s = to_device(process.alpha(t)[0], x.device)    # tensors: compiled only once
         h = net.hidden(x, process.sigma(t[:1]).repeat(len(x))).flatten(0, 1)
         if i == steps - 1 and ending != "ancestral":
             new = per_row(greedy_end, process.K, (net,), h, x.flatten(), alpha_t,
                           ending == "greedy-published", *how)
         else:
             u = (uniforms(x.numel(), rng, x.device) for _ in range(2))
-            new = per_row(uniform_step, process.K, (net,), h, x.flatten(), *u, alpha_t, alpha_s, *how)
+            new = per_row(uniform_step, process.K, (net,), h, x.flatten(), *u, alpha_t, alpha_s,
+                          *how)
         x = torch.where(free, new.view_as(x), x)
         if callback:
             callback(i, x)

@@ -1,34 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Inverse distillation: the two losses that turn a diffusion teacher into a few-step generator.
 
-    L_IDLM(theta) = L(f*, p_theta) - min_f L(f, p_theta)            IDLM, arXiv 2602.19066, eq. (7)
+    L_IDLM(theta) = L(f*, p_theta) - min_f L(f, p_theta)                  IDLM, arXiv 2602.19066
 
 L is the teacher's own training loss, a bound on -log p (NELBO); f* the frozen teacher; the inner
 minimum is held by `fake`, a diffusion model trained on the generator's outputs. An iteration is
 
-    fake step        fake_loss: NELBO of the fake on G          gradient to the fake alone
-    generator step   generator_loss: NELBO(f*) - NELBO(f)       gradient to the generator alone
+    fake step        NELBO(fake) on G                    gradient to the fake alone
+    generator step   NELBO(f*) - NELBO(fake) on G        gradient to the generator alone
 
-both on the same path: draw a latent eps, let G = generator(eps) be rows on the simplex, noise *G*
-to a second time t, and show x_t to fake and teacher. In exact arithmetic the loss is
-KL(p_theta || p*) less the KL of the two laws after noising to t = 1, so it is 0 only at p_theta = p*.
+both on one path: draw a latent eps, let G = generator(eps) be rows on the simplex, noise *G* to a
+second time t, show x_t to fake and teacher. In exact arithmetic the loss is KL(p_theta || p*) less
+the KL of the two laws after noising to t = 1, so it is 0 only at p_theta = p*.
 
-Time: t = 0 is clean, t = 1 noise. Shapes: B batch, L positions, D width, K words ([MASK] is no
-word; where there is one it is the last token id, K). Losses are in nats per token of the text,
-averaged over all B * L positions.
-
-A *network* here is anything with
+t = 0 is clean, t = 1 noise. B texts, L positions, width D, K words ([MASK] is no word; where there
+is one it is token K, the last). Losses are nats per token, averaged over all B * L positions. A
+*network* is anything with
     hidden(x, sigma, ...) -> (B, L, D)       the trunk
     project(rows)         -> (N, >= K)       logits of any rows of it
-and `eps` is the tuple of the generator's inputs, eps[0] = the noised tokens (B, L).
+and eps the tuple of the generator's inputs, eps[0] = the noised tokens (B, L).
 
-What differs from the formula on paper is only where it is evaluated: the vocabulary projection
-runs at the positions that count, in chunks that the backward pass recomputes, so that
-(positions x vocabulary) never exists as a whole. tests/test_masked.py holds the dense formulas.
-
-Differences from the authors' code: positions gathered; log-softmax in float32 and no +-1e6
-constants; `hard` and `marginal` updates for the uniform process beside their `soft` one.
-To reuse: copy this file alone (it needs torch and nothing else).
+From the formula on paper only the place of evaluation differs: the vocabulary projection runs at
+the positions that count, in chunks, and (positions x vocabulary) never exists in float32.
+tests/test_masked.py and tests/test_uniform_losses.py hold the dense formulas. Differences from the
+authors' code: log-softmax in float32 and no +-1e6 constants; `hard` and `marginal` updates for the
+uniform process beside their `soft` one. To reuse: copy this file alone (torch and nothing else).
 """
 from functools import lru_cache, partial
 
@@ -39,18 +35,18 @@ from torch.utils.checkpoint import checkpoint
 COMPILE = False           # True: `per_row` runs through torch.compile (train.py sets it on a GPU)
 CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,024 rows of 50,257 words
 KEEP_ELEMENTS = 2 ** 22   # logits as few as this wait for the backward instead of being recomputed
-KEEP_COMPILED = 2 ** 31   # the same when compiled, which keeps them once and in half precision: 4 GiB
+KEEP_COMPILED = 2 ** 31   # the same compiled, which keeps them once, in half precision: 4 GiB
 
 
 # ---- tools: rows in chunks, draws ---------------------------------------------------------------
 
 def upcast(logits):
-    """float32 for logits in half precision: in bfloat16 the rows of a softmax sum to 0.93 ... 1.07."""
+    """float32 for half precision: in bfloat16 the rows of a softmax sum to 0.93 ... 1.07."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def on_logits(formula, K, nets, *rows):
-    """formula(logits of each network at its hidden rows, the other arguments): what a chunk does."""
+    """formula(logits of each network at its hidden rows, other arguments): what a chunk does."""
     logits = [net.project(h)[:, :K] for net, h in zip(nets, rows)]
     return formula(*logits, *rows[len(nets):])
 
@@ -173,7 +169,7 @@ def renoise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng):
 
 
 def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rng):
-    """NELBO of the fake on G, nats per token (Alg. 1, the inner minimisation; MDLM eq. (10)).
+    """NELBO of the fake on G, nats per token: the inner minimisation, with MDLM's loss.
 
     eps        the generator's inputs, eps[0] = x_tilde (B, L)
     is_masked  (B, L) bool, where x_t is [MASK]: each with probability 1 - alpha_t
@@ -201,12 +197,12 @@ def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rn
 
 def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigma_fake, sigma,
                           mask_id, rng):
-    """The gap NELBO(f*) - NELBO(f) on G, nats per token (Alg. 1, the outer minimisation).
+    """The gap NELBO(f*) - NELBO(f) on G, nats per token: the outer minimisation.
 
     Where x_tilde is visible G is a given token and its terms have no gradient: they are left out,
-    so the value is the share of the gap that the generator can change. Its gradient in G's logits is -weight * G * (a - <G, a>) with a = log f* - log f. No gradient
-    through x_t, the teacher or the fake. Arguments as in `masked_fake_loss`; sigma: (B,) for the
-    teacher.
+    so the value is the share of the gap that the generator can change. Its gradient in G's logits
+    is -weight * G * (a - <G, a>) with a = log f* - log f; none runs through x_t, teacher or fake.
+    Arguments as in `masked_fake_loss`; sigma: (B,) for the teacher.
     """
     K = mask_id
     h_g = generator.hidden(*eps)
@@ -225,8 +221,8 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
 # With a = alpha_t and a network's row x, write xbar_v = K a x_v + 1 - a (K times the law of the
 # noised token). c = -dalpha_t / (K a). All row arguments a, dalpha are (N, 1).
 
-def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K), (N, K), (N,), (N, 1) x2 -> (N,)
-    """NELBO of f at the noised token z for the target row G = softmax(logits_g) (UDLM eq. (16)):
+def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K) x2, (N,), (N, 1) x2 -> (N,)
+    """NELBO of f at the noised token z for the target row G = softmax(logits_g), as in UDLM, Duo:
     c [ sum_v xbar_v / xbar_z log(fbar_z xbar_v / (fbar_v xbar_z)) - K / xbar_z + K / fbar_z ]"""
     return uniform_nelbo_probs(logits_f, upcast(logits_g).softmax(-1), z, a, dalpha)
 
@@ -242,7 +238,8 @@ def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
 
 def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     """NELBO(f*) - NELBO(f) at z for the target G; what depends on G alone has cancelled:
-    c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log f*bar_v / f*bar_z) + K / f*bar_z - K / fbar_z ]"""
+    c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log tbar_v / tbar_z) + K / tbar_z - K / fbar_z ],
+    tbar the teacher's."""
     K, index = logits_g.shape[-1], z[:, None]
     xbar = K * a * upcast(logits_g).softmax(-1) + (1 - a)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
@@ -282,7 +279,7 @@ def uniform_mean(formula, K, nets, hs, z, *per_text):
     """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t)."""
     per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
     return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(), *per_text,
-                   chunk=4).mean()              # their number never varies: larger chunks waste none
+                   chunk=4).mean()              # always B * L rows: larger chunks waste none
 
 
 @torch.no_grad()
@@ -322,7 +319,7 @@ def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha
 
 
 # The published update (IDLM-Duo): the networks read the Gaussian state softmax(w / tau) of G and
-# the gradient runs through it. Its law is not q(. | G) unless G is one-hot (tests show by how much).
+# the gradient runs through it. Its law is q(. | G) only for one-hot G (the tests show how far off).
 
 def topk_softmax(w, tau, k=16):                            # (N, K) -> (N, k) weights, (N, k) ids
     """softmax(w / tau) as its k largest entries: in float32 the same row.
@@ -379,7 +376,7 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     rng = device_rng(rng, h_g.device)
     scale, std = rows_of(scale, L, h_g.device), rows_of(std, L, h_g.device)
     size, found = max(1, CHUNK_ELEMENTS // K), []
-    with torch.no_grad():                                  # which k entries survive, and their noise
+    with torch.no_grad():                                  # which entries survive, their noise
         for h, s, d in zip(*(x.split(size) for x in (h_g.flatten(0, 1), scale, std))):
             xi = torch.randn(len(h), K, generator=rng, device=rng.device, dtype=scale.dtype)
             ids = topk_softmax(per_row(gaussian_state, K, (generator,), h, xi, s, d), tau)[1]

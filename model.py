@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The network of every role here (teacher, generator, fake, judge): a small diffusion transformer, DiT.
+"""The network of every role (teacher, generator, fake, judge): DiT, a diffusion transformer.
 
 Source: DiT (arXiv 2212.09748) in the form that SEDD, MDLM and Duo use for text. Parameter names
 and shapes are those of the published checkpoints below their `backbone.` prefix, so that those
@@ -61,7 +61,7 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim))
 
-    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, head_dim / 2)
+    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, d / 2)
         position = torch.arange(num_positions, device=self.inv_freq.device) + start
         angle = position[:, None] * self.inv_freq
         return angle.cos(), angle.sin()
@@ -111,7 +111,8 @@ class Block(nn.Module):
 
     def forward(self, x, cond, cos, sin, cache=None):
         B, L, D = x.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond)[:, None].chunk(6, -1)
+        modulation = self.adaLN_modulation(cond)[:, None].chunk(6, dim=-1)       # (B, 1, D) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         qkv = self.attn_qkv(modulate(self.norm1(x), shift1, scale1))             # (B, L, 3D)
         q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)   # (B, H, L, d) each
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -150,7 +151,7 @@ class OutputLayer(nn.Module):
         self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * config.width)
         self.linear = nn.Linear(config.width, config.vocab_size)
         for parameter in (*self.adaLN_modulation.parameters(), *self.linear.parameters()):
-            nn.init.zeros_(parameter)                    # a new network predicts the flat distribution
+            nn.init.zeros_(parameter)                    # a new network predicts a flat law
 
     def forward(self, x, cond):                                      # the projection comes later
         shift, scale = self.adaLN_modulation(cond)[:, None].chunk(2, dim=-1)
@@ -198,21 +199,21 @@ class DiT(nn.Module):
             h = block(h, cond, cos, sin)
         return self.output_layer(h, cond)
 
-    def project(self, h):                                            # (..., D) -> (..., V) raw logits
+    def project(self, h):                                            # (..., D) -> (..., V) logits
         weight, bias = self.output_layer.linear.weight, self.output_layer.linear.bias
         if not h.is_cuda:
             return F.linear(h, weight, bias)
         # 50,257 words to a row would leave every second row off the alignment that the matrix
         # units need, at a third of their speed: fill up to 64 and cut.
-        fill = -len(weight) % 64
-        return F.linear(h, F.pad(weight, (0, 0, 0, fill)), F.pad(bias, (0, fill)))[..., :len(weight)]
+        V, fill = len(weight), -len(weight) % 64
+        return F.linear(h, F.pad(weight, (0, 0, 0, fill)), F.pad(bias, (0, fill)))[..., :V]
 
     def forward(self, x, sigma, z=None):                             # -> logits (B, L, V)
         return self.project(self.hidden(x, sigma, z))
 
     def compile_trunk(self):
-        """torch.compile. On a GPU the trunk as a whole, whose launches would otherwise cost more
-        than its arithmetic; elsewhere block by block: one compilation of seconds serves them all."""
+        """torch.compile: on a GPU the trunk as a whole, whose launches would cost more than its
+        arithmetic; elsewhere block by block, where one compilation of seconds serves all."""
         if self.device.type == "cuda":
             self.trunk = torch.compile(self.trunk, dynamic=False)
         else:

@@ -54,14 +54,14 @@ class Masked:
         """Time conditioning is off: the number of masks tells the time."""
         return torch.zeros_like(t)
 
-    def weight(self, t):                                   # -dalpha_t / (1 - alpha_t); log-linear: 1/t
+    def weight(self, t):                                   # -dalpha_t / (1 - alpha_t) = 1 / t here
         alpha_t, dalpha_t = self.alpha(t)
         return -dalpha_t / (1 - alpha_t)
 
     def prior(self, B, L, rng):
         return torch.full((B, L), self.mask_id)
 
-    def draw_mask(self, t, L, rng):                        # (B,) -> (B, L) bool: where x_t is [MASK]
+    def draw_mask(self, t, L, rng):                        # (B,) -> (B, L) bool: where [MASK]
         u = torch.rand(len(t), L, generator=rng, device=rng.device)
         return u >= self.alpha(t)[0][:, None].to(u.device)
 
@@ -69,34 +69,34 @@ class Masked:
         return x_0.masked_fill(self.draw_mask(t, x_0.shape[1], rng).to(x_0.device), self.mask_id)
 
     def log_probs(self, logits, x_t):                      # (..., V), (...) -> (..., K)
-        """SUBS (MDLM sec. 3.2): [MASK] is never predicted, a visible token is copied."""
+        """SUBS (MDLM): [MASK] is never predicted, a visible token is copied."""
         log_probs = upcast(logits[..., :self.K]).log_softmax(-1)
         visible = (x_t != self.mask_id)[..., None]
         copied = torch.arange(self.K, device=x_t.device) == x_t[..., None]
         return torch.where(visible, torch.where(copied, 0.0, -torch.inf), log_probs)
 
     def nelbo(self, log_probs, x_0_probs, x_t, t):         # (B, L, K) x2, (B, L), (B,) -> (B, L)
-        """-log p bound per token, MDLM eq. (10), of simplex targets; visible positions: 0."""
+        """MDLM's bound on -log p per token, for simplex targets; visible positions: 0."""
         counts = (x_0_probs != 0) & (x_t == self.mask_id)[..., None]       # elsewhere: 0 * -inf
         cross_entropy = -(x_0_probs * log_probs.masked_fill(~counts, 0)).sum(-1)
         return self.weight(t)[:, None] * cross_entropy
 
-    def reveal(self, is_masked, t, s, rng):                # (B, L) bool, floats t > s -> (B, L) bool
+    def reveal(self, is_masked, t, s, rng):                # (B, L) bool, t > s -> (B, L) bool
         """The reverse step t -> s, first half: which masked positions turn into words.
 
         Each does with probability (alpha_s - alpha_t) / (1 - alpha_t); the word is then drawn from
-        the network. Reveal first, draw second is exactly the ancestral step (MDLM eq. (7)), asks
+        the network. Reveal first, draw second is exactly the ancestral step, asks
         the network's head at revealed positions only, and has no joint float32 draw over words
         *and* mask, which reveals too rarely and too greedily.
         """
-        (alpha_t, _), (alpha_s, _) = (self.alpha(torch.tensor(x, dtype=torch.float64)) for x in (t, s))
+        alpha_t, alpha_s = self.alpha(torch.tensor([t, s], dtype=torch.float64))[0]
         p = 1.0 if s <= 0 else (alpha_s - alpha_t) / (1 - alpha_t)
         u = torch.rand(is_masked.shape, generator=rng, device=rng.device, dtype=torch.float64)
         return is_masked & (u < p)
 
 
 def mdlm_loss(net, process, x_0, rng, t=None):
-    """MDLM's training loss, mean nats per token (eq. (10)). x_0 (B, L) on the CPU.
+    """MDLM's training loss, mean nats per token. x_0 (B, L) on the CPU.
 
     The head runs at masked positions only: SUBS makes the loss 0 at the others.
     """
@@ -143,20 +143,20 @@ class Uniform:
         return upcast(logits[..., :self.K]).log_softmax(-1)
 
     def nelbo(self, log_probs, x_0_probs, x_t, t):         # (B, L, K) x2, (B, L), (B,) -> (B, L)
-        """-log p bound per token, UDLM eq. (16), for simplex targets (one-hot rows: hard form)."""
+        """UDLM's bound on -log p per token, for simplex targets (one-hot rows: the hard form)."""
         a, dalpha = (rows_of(x, x_t.shape[1], x_t.device) for x in self.alpha(t))
         return uniform_nelbo_probs(log_probs.flatten(0, 1), x_0_probs.flatten(0, 1), x_t.flatten(),
                                    a, dalpha).view_as(x_t)
 
     def posterior(self, x_0_probs, x_t, alpha_t, alpha_s):  # (..., K), (...) -> (..., K)
-        """q(x_s | x_t, x_0), UDLM eq. (12); the sampler draws from it without forming it."""
+        """q(x_s | x_t, x_0) of UDLM; the sampler draws from it without forming it."""
         K, a_ts = self.K, alpha_t / alpha_s
         here = torch.nn.functional.one_hot(x_t, K).to(x_0_probs)
         x_z = x_0_probs.gather(-1, x_t[..., None])
         return (K * alpha_t * x_z * here + (a_ts - alpha_t) * here + (alpha_s - alpha_t) * x_0_probs
                 + (1 - a_ts) * (1 - alpha_s) / K) / (K * alpha_t * x_z + 1 - alpha_t)
 
-    # -- the Gaussian link (Duo, sec. 3 and eq. (10)). P(gamma) = E[Phi(z)^(K-1)], z ~ N(m, 1) with
+    # -- the Gaussian link (Duo). P(gamma) = E[Phi(z)^(K-1)], z ~ N(m, 1) with
     # m = exp(-gamma / 2), is the chance that the token's own coordinate is the largest. The
     # trapezoid sum of so smooth an integrand is exact to about 1e-12, for any K.
 
@@ -190,7 +190,8 @@ class Uniform:
         rng = device_rng(rng, x_0.device)
         scale, std = (rows_of(x, L, x_0.device) for x in self.gaussian(t)[:2])
         found = []
-        for x, s, d in zip(*(r.split(max(1, idlm_loss.CHUNK_ELEMENTS // self.K)) for r in (x_0.flatten(), scale, std))):
+        size = max(1, idlm_loss.CHUNK_ELEMENTS // self.K)
+        for x, s, d in zip(*(r.split(size) for r in (x_0.flatten(), scale, std))):
             w = d * torch.randn(len(x), self.K, generator=rng, device=rng.device, dtype=t.dtype)
             found.append(topk_softmax(w.scatter_add_(1, x[:, None], s.expand(-1, 1)), tau))
         weights, ids = (pad_topk([part[i] for part in found]).view(B, L, -1) for i in (0, 1))
@@ -208,15 +209,15 @@ class Uniform:
         largest = torch.special.ndtri(u ** (1 / (self.K - 1)))
         place = torch.randint(self.K - 1, shape, generator=rng)
         place = place + (place >= x_0)
-        clocks = [self.gaussian(t.double()) for t in times]
-        return [torch.where(scale[:, None] + std[:, None] * own > std[:, None] * largest, x_0, place)
+        clocks = [[x[:, None] for x in self.gaussian(t.double())] for t in times]
+        return [torch.where(scale + std * own > std * largest, x_0, place)
                 for scale, std, *_ in clocks]
 
 
 def duo_loss(net, process, x_0, rng, soft=False, t=None):
     """Duo's training loss, mean nats per token: the NELBO at hard tokens on the log-linear clock,
     or (soft, the curriculum of the first half) with the network reading softmax(w / tau) and the
-    NELBO taken at argmax(w) on the Gaussian clock (Duo sec. 4.1)."""
+    NELBO taken at argmax(w) on the Gaussian clock."""
     t = stratified_times(len(x_0), rng) if t is None else t
     if soft:
         _, _, a, dalpha = process.gaussian(t)
@@ -242,13 +243,13 @@ def hard_nelbo(logits_f, x, z, a, dalpha):                 # (N, K), (N,) x2, (N
     xbar_z = torch.where(hit, top, b)
     cross = b * (fbar_z.log() * K - fbar.log().sum(-1, keepdim=True)) \
         + K * a * (fbar_z.log() - fbar_x.log())            # sum_v xbar_v log(fbar_z / fbar_v)
-    own = top * top.log() + (K - 1) * b * b.log() - K * xbar_z.log()   # sum_v xbar_v log(xbar_v / xbar_z)
+    own = top * top.log() + (K - 1) * b * b.log() - K * xbar_z.log()   # ... log(xbar_v / xbar_z)
     return (-dalpha / (K * a) * ((cross + own) / xbar_z - K / xbar_z + K / fbar_z))[:, 0]
 
 
 def dcd_loss(student, teacher, process, x_0, delta, rng, t=None):
-    """Discrete consistency distillation (Duo sec. 4.2): KL(student(z_t) || teacher(z_s)), s = t - delta,
-    the two states being argmaxes of one Gaussian path. Mean nats per token; 0 gradient to teacher."""
+    """Discrete consistency distillation (Duo): KL(student(z_t) || teacher(z_s)), s = t - delta, the
+    two states being argmaxes of one Gaussian path. Mean nats per token; none to the teacher."""
     t = stratified_times(len(x_0), rng) if t is None else t
     s = (t - delta).clamp(min=0)
     z_t, z_s = process.shared_argmax(x_0, (t, s), rng)
