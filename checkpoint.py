@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Networks in and out: our checkpoints, the published ones, and export in the published layout.
 
-    ours        out/<run>/teacher.pt, a dict: "config" (ModelConfig), "process" (mdlm, duo or ar),
-                "tokenizer", "block_size", "stage", "step", "ema" (the weights that are used),
-                where it comes from (`provenance`); and what only train.py --resume reads
+    ours        a dict: "config" (ModelConfig), "process" (mdlm, duo or ar), "tokenizer", "ema" (the
+                weights that are used), more to know them by, and what train.py --resume reads
     published   tensors under `backbone.`, with model.py's names: hub name, folder, .safetensors,
                 torch file or Lightning .ckpt; a config.json beside them is believed and checked
 
@@ -32,9 +31,8 @@ PUBLISHED = {"n_blocks": "num_layers", "n_heads": "num_heads", "hidden_dim": "wi
 
 def write_whole(path, write):
     """Under `path` there is at any time the whole old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -58,14 +56,13 @@ def load(path):
             return dict(json.loads(path.read_text()))
         # Lightning files hold settings and a tokenizer too: such objects become empty shells
         shell = type("Shell", (), {"__init__": lambda *_: None, "__setstate__": lambda *_: None})
-        foreign = () if path.suffix != ".ckpt" else \
-            torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) \
+            if path.suffix == ".ckpt" else ()
         with torch.serialization.safe_globals([(shell, name) for name in foreign]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:              # each kind of damage raises something else
-        what = "holds pickled code and was not opened" if "GLOBAL" in str(error) else \
-            f"is truncated or no checkpoint ({type(error).__name__})"
-        raise BadInput(f"{path} {what}; fetch or write it again, best as safetensors") from None
+        what = "holds pickled code" if "GLOBAL" in str(error) else "is truncated or no checkpoint"
+        raise BadInput(f"{path} {what} ({type(error).__name__}); fetch or write it again") from None
 
 
 def find_weights(name):
@@ -77,49 +74,34 @@ def find_weights(name):
             path = Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
         except Exception as error:
             raise BadInput(f"{name} is no file or folder, and the hub gave {type(error).__name__}; "
-                           "check the name, and without a network set HF_HOME to a cache that "
-                           "holds it or give a local folder") from None
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors")) or \
-            sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if len(files) != 1:
-            raise BadInput(f"{name} holds {len(files)} files of weights; name the file")
-        path = files[0]
-    return path
+                           "give a local folder, or set HF_HOME to a cache with it") from None
+    if not path.is_dir():
+        return path
+    files = [*path.glob("*.safetensors")] or [p for p in path.iterdir() if p.suffix in SUFFIXES]
+    if len(files) != 1:
+        raise BadInput(f"{name} holds {len(files)} files of weights; name the file")
+    return files[0]
 
 
-def guess_process(text):
-    found = re.findall("mdlm|duo|dcd", text.lower())
-    return found and ("mdlm" if found[-1] == "mdlm" else "duo")
-
-
-def read_published(found, path, name, process):
-    """-> weights, meta. Sizes are as config.json states them, else as the tensors have them."""
-    weights = found.get("state_dict", found)
+def read_published(found, stated, name, process):
+    """-> weights, meta. Sizes are as config.json (`stated`) has them, else as the tensors."""
     if "state_dict" in found:               # Lightning, which may hold more networks than this one
-        weights = {key: w for key, w in weights.items() if key.startswith("backbone.")}
+        weights = {key: w for key, w in found["state_dict"].items() if key.startswith("backbone.")}
         shadow = (found.get("ema") or {}).get("shadow_params", ())   # in the order of parameters
+        keys = [key for key in weights if not key.endswith("inv_freq")] if shadow else ()
         print(f"{name}: took the {'EMA' if shadow else 'plain'} weights", file=sys.stderr)
-        keys = [key for key in weights if not key.endswith("inv_freq")]
-        if shadow and [w.shape for w in shadow] != [weights[key].shape for key in keys]:
-            raise BadInput(f"{name}: the {len(shadow)} tensors of its EMA do not fit its "
-                           f"{len(keys)} parameters; fetch it as safetensors")
-        weights |= dict(zip(keys, shadow))
-    weights = {key.removeprefix("backbone."): w for key, w in weights.items()}
-    beside = path.with_name("config.json")
-    stated = load(beside) if beside.exists() else {}
+        if len(keys) != len(shadow):
+            raise ValueError(f"{len(shadow)} tensors of EMA for {len(keys)} parameters")
+        found = weights | dict(zip(keys, shadow))
+    weights = {key.removeprefix("backbone."): w for key, w in found.items()}
     stated = {PUBLISHED.get(key, key): value for key, value in stated.items()}
-    for key in ("vocab_embed.embedding", "sigma_map.mlp.0.weight"):
-        if getattr(weights.get(key), "ndim", 0) != 2:
-            raise BadInput(f"{name} is no network of this kind: {key} is missing or no matrix")
+    hints = f"{name} {process or ''} {stated.get('model_type', '')}".lower()
     V, D = weights["vocab_embed.embedding"].shape
-    blocks = [int(key.split(".")[1]) for key in weights if re.match(r"blocks\.\d+\.", key)]
     meta = asdict(ModelConfig(V)) | {
-        "width": D, "num_layers": max(blocks, default=-1) + 1, "num_heads": max(1, D // 64),
-        "cond_dim": len(weights["sigma_map.mlp.0.weight"]), "dropout": 0.1,
-        "block_size": 1024, "tokenizer": {"name": "gpt2"}, "stage": "teacher",
-        "process": guess_process(stated.get("model_type", "")) or process
-        or guess_process(name) or "mdlm"} | stated
+        "width": D, "num_layers": sum("norm1" in key for key in weights),
+        "num_heads": max(1, D // 64), "cond_dim": len(weights["sigma_map.mlp.0.weight"]),
+        "dropout": 0.1, "block_size": 1024, "tokenizer": {"name": "gpt2"}, "stage": "teacher",
+        "process": "duo" if re.findall("mdlm|duo|dcd", "mdlm" + hints)[-1] != "mdlm" else "mdlm"} | stated
     config = {field.name: meta.pop(field.name) for field in fields(ModelConfig)}
     if "tokenizer" not in stated:           # not our export: its other entries mean nothing here
         meta = {key: meta[key] for key in ("process", "tokenizer", "block_size", "stage")}
@@ -133,75 +115,61 @@ def load_network(name_or_path, device="cpu", process=None):
     """
     name = str(name_or_path)
     path = find_weights(name)
-    found = load(path)
-    if {"ema", "config", "process"} <= found.keys():     # one of ours
-        weights, meta = found["ema"], {k: x for k, x in found.items() if is_plain(x)}
-    else:
-        weights, meta = read_published(found, path, name, process)
-    K, V, is_a = num_words(meta["tokenizer"]), meta["config"]["vocab_size"], meta["process"]
+    found, beside = load(path), path.with_name("config.json")
+    try:
+        if {"ema", "config", "process"} <= found.keys():     # one of ours
+            weights, meta = found["ema"], {key: x for key, x in found.items() if not isinstance(
+                x, (dict, torch.Tensor)) or key in ("config", "tokenizer", "args")}
+        else:
+            stated = load(beside) if beside.exists() else {}
+            weights, meta = read_published(found, stated, name, process)
+        net = DiT(ModelConfig(**meta["config"]))
+        net.load_state_dict(weights)
+    except Exception as error:              # what is missing, of another shape or too much
+        raise BadInput(f"{name} and its config.json, if it has one, are no network of this kind: "
+                       f"{type(error).__name__} {' '.join(str(error).split())[:999]}") from None
+    K, V, is_a = num_words(meta), net.config.vocab_size, meta["process"]
     fits = V in {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
     if not fits or process not in (None, is_a):
-        raise BadInput(f"{name} is a {is_a} network, its vocab_embed.embedding has {V} words: this "
-                       f"does not fit process {process or is_a} with a tokenizer of {K} words")
-    try:
-        net = DiT(ModelConfig(**meta["config"]))
-    except (TypeError, ValueError) as error:
-        raise BadInput(f"{name}: {error}") from None
-    have, want = ({key: tuple(getattr(w, "shape", "?")) for key, w in state.items()}
-                  for state in (weights, net.state_dict()))
-    wrong = [f"{key} ({have.get(key, 'missing')} where {want.get(key, 'nothing')} belongs)"
-             for key in want | have if have.get(key) != want.get(key)]
-    if wrong:
-        raise BadInput(f"{name}: {len(wrong)} tensors do not fit its config.json, or else its "
-                       "vocab_embed.embedding and sigma_map.mlp.0.weight: "
-                       f"{', '.join(wrong[:9])}{', ...' * (len(wrong) > 9)}")
-    net.load_state_dict(weights)
+        raise BadInput(f"{name} is a {is_a} network of {V} words: this does not fit process "
+                       f"{process or is_a} with a tokenizer of {K} words")
     return net.to(device).eval(), meta
 
 
-def is_plain(x):
-    try:
-        return json.dumps(x) is not None
-    except (TypeError, ValueError):
-        return False
-
-
-def num_words(spec):
+def num_words(meta):
+    spec = meta["tokenizer"]
     return len(spec["chars"]) if spec["name"] == "char" else 50_257
 
 
 def make_process(meta):
     if meta["process"] == "ar":
         raise BadInput("a judge has no noising process; give a teacher or generator")
-    K = num_words(meta["tokenizer"])        # some uniform checkpoints carry an unused word K + 1
+    K = num_words(meta)                     # some uniform checkpoints carry an unused word K + 1
     return Masked(K + 1) if meta["process"] == "mdlm" else Uniform(K)
 
 
 def export(net, meta, folder, dtype=None):
     """Write config.json and model.safetensors in the published layout; never over another file."""
-    paths = [Path(folder, file) for file in ("config.json", "model.safetensors")]
-    for path in paths:
-        if path.exists():
-            raise BadInput(f"{path} exists; remove it or choose another folder")
-    config = {key: x for key, x in meta.items() if key != "config" and is_plain(x)}
-    config |= asdict(net.config)
+    config = {key: x for key, x in meta.items() if key != "config"} | asdict(net.config)
     config |= {theirs: config[ours] for theirs, ours in PUBLISHED.items()}
     weights = {f"backbone.{key}": w.to("cpu", None if key.endswith("inv_freq") else dtype)
                for key, w in net.state_dict().items()}
-    for path, content in zip(paths, (json.dumps(config, indent=1).encode(),
-                                     safetensors.torch.save(weights, {"format": "pt"}))):
+    files = {Path(folder, "config.json"): json.dumps(config, indent=1).encode(),
+             Path(folder, "model.safetensors"): safetensors.torch.save(weights, {"format": "pt"})}
+    if there := [str(path) for path in files if path.exists()]:
+        raise BadInput(f"{there[0]} exists; remove it or choose another folder")
+    for path, content in files.items():
         write_whole(path, lambda file: file.write(content))
 
 
 def provenance(seed, device):
     """Where a figure comes from; paths in the command are relative."""
-    command = " ".join(["python", *sys.argv])
-    command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), command)
+    command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]),
+                     " ".join(["python", *sys.argv]))
     git = subprocess.run("git describe --always --exclude='*' --dirty=+dirty", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
-    device = torch.device(device)
-    return {"command": command, "commit": git.stdout.strip() or "unknown",
+    cuda, threads = torch.device(device).type == "cuda", torch.get_num_threads()
+    return {"command": command, "commit": git.stdout.strip() or "unknown", "seed": seed,
             "torch": str(torch.__version__),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads",
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "seed": seed}
+            "device": torch.cuda.get_device_name(device) if cuda else f"{device}, {threads} threads",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}

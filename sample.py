@@ -12,10 +12,11 @@ The first line printed names passes, seconds, seed and checkpoint. Your own out/
 preferred; without one the small generator that comes with the repository answers.
 """
 import argparse
+import math
 import re
-import shutil
 import sys
 import time
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -25,15 +26,13 @@ from data import BadInput, encode, get_tokenizer
 from generator import sample
 from train import has_bfloat16, pick_device
 
-SHIPPED = Path("assets/shakespeare")    # a generator of the masked process, by its own folder
-
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--steps", type=int, default=16, help="network passes at most")
     add("--model", choices=("idlm", "teacher", "dcd"), default="idlm")
-    add("--process", choices=("mdlm", "duo"), default=None, help="default mdlm")
+    add("--process", choices=("mdlm", "duo"), help="default mdlm, or what --init_from says")
     add("--out", help="run folder, default out/<process>")
     add("--init_from", help="instead: a checkpoint, exported folder or hub name")
     add("--num_samples", type=int, default=1)
@@ -41,29 +40,26 @@ def parse_args(argv=None):
     add("--prompt", default="", help="text to keep; {N} leaves N tokens free")
     add("--temperature", type=float, default=1.0)
     add("--top_p", type=float, default=1.0, help="keep the likeliest words holding this share")
-    add("--ending", choices=("ancestral", "greedy", "greedy-published"), default=None,
-        help="last step of the uniform process, default greedy")
+    add("--ending", choices=("ancestral", "greedy", "greedy-published"), default="greedy",
+        help="last step of the uniform process")
     add("--seed", type=int, default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     add("--watch", action="store_true", help="show every step")
     add("--export", metavar="FOLDER", help="write the model in the official layout and stop")
     args = p.parse_args(argv)
-    for name, ok in (("steps", args.steps >= 1), ("num_samples", args.num_samples >= 1),
-                     ("length", args.length is None or args.length >= 1),
-                     ("temperature", args.temperature > 0), ("top_p", 0 < args.top_p <= 1)):
-        if not ok:
-            raise BadInput(f"--{name} {getattr(args, name)} is out of range: see --help")
+    for name in ("steps", "num_samples", "length", "temperature", "top_p"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value <= (1 if name == "top_p" else math.inf):
+            raise BadInput(f"--{name} {value} is out of range: see --help")
     return args
 
 
 def find_model(args):
     """The checkpoint to load: --init_from, the user's own run, or the one that is shipped."""
-    if args.init_from:
-        return args.init_from
-    own = Path(args.out or f"out/{args.process or 'mdlm'}") / f"{args.model}.pt"
-    shipped = Path(__file__).parent / SHIPPED
-    usual = args.model == "idlm" and args.process in (None, "mdlm") and not args.out
-    return shipped if usual and not own.exists() and shipped.exists() else own
+    own = Path(args.out or f"out/{args.process or 'mdlm'}", f"{args.model}.pt")
+    usual = (args.model, args.process or "mdlm", args.out) == ("idlm", "mdlm", None)
+    shipped = Path(__file__).with_name("assets") / "shakespeare"
+    return args.init_from or (shipped if usual and shipped.exists() and not own.exists() else own)
 
 
 def parse_prompt(prompt, tokenizer, length):               # -> (length,) tokens, -1 where free
@@ -79,22 +75,14 @@ def parse_prompt(prompt, tokenizer, length):               # -> (length,) tokens
 
 def readable(tokens, tokenizer):
     """Decoded text; [MASK], which is no word of the tokenizer, as a middle dot."""
-    pieces, run = [], []
-    for token in tokens.tolist() + [None]:
-        if token is not None and token < tokenizer.n_vocab:
-            run.append(token)
-        else:
-            pieces += [tokenizer.decode(run)] + ["·"] * (token is not None)
-            run = []
-    return "".join(pieces)
+    runs = groupby(tokens.tolist(), lambda token: token < tokenizer.n_vocab)
+    return "".join(tokenizer.decode([*run]) if known else "·" * len([*run]) for known, run in runs)
 
 
 def watcher(tokenizer, steps):
     """A callback that redraws the first text in place after every step."""
     def show(step, x):
-        width = shutil.get_terminal_size().columns
-        print(f"\033[H\033[J step {step + 1}/{steps}".ljust(width) + "\n\n"
-              + readable(x[0], tokenizer), flush=True)
+        print(f"\033[H\033[J step {step + 1}/{steps}\n\n{readable(x[0], tokenizer)}", flush=True)
         time.sleep(min(0.25, 4 / steps))                   # for the eye
     return show
 
@@ -109,13 +97,11 @@ def main(argv=None):
         return print(f"wrote {args.export}: {net.num_params():,} parameters of {name}")
     process, tokenizer = checkpoint.make_process(meta), get_tokenizer(meta["tokenizer"])
     length = args.length or meta["block_size"]
-    prompt = parse_prompt(args.prompt, tokenizer, length) if args.prompt else None
-    rng = torch.Generator().manual_seed(args.seed)
-    began = time.time()
+    prompt = parse_prompt(args.prompt, tokenizer, length)
+    rng, began = torch.Generator().manual_seed(args.seed), time.time()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device)):
         texts = sample(net, process, args.num_samples, length, args.steps, rng, prompt=prompt,
-                       temperature=args.temperature, top_p=args.top_p,
-                       ending=args.ending or "greedy",
+                       temperature=args.temperature, top_p=args.top_p, ending=args.ending,
                        callback=watcher(tokenizer, args.steps) if args.watch else None)
     print(f"{int(texts.nfe.max())} passes, {time.time() - began:.2f} s, seed {args.seed}, {name} "
           f"({meta['process']}, {meta['stage']})")

@@ -22,6 +22,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -36,35 +37,35 @@ import checkpoint
 import idlm_loss
 from data import BadInput, TextData
 from generator import draw_latent, sample
+from idlm_loss import upcast
 from model import DiT, ModelConfig
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
 # A flag goes before the preset's entry for the stage, and that before the preset's general one.
 PRESETS = {
     # 2 CPU cores: about 9 minutes for everything. Characters of Shakespeare.
-    "laptop": dict(data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x128",
-                   dropout=0.0, batch_size=64, micro_batch=64, ema=0.999, warmup=100, beta2=0.95,
-                   save_every=1000, teacher=dict(updates=2000, lr=2e-3),
-                   dcd=dict(updates=500, lr=3e-4, batch_size=32),
-                   idlm=dict(updates=1100, lr=1e-4, fake_lr=3e-4, batch_size=32, ema=0.99,
-                             warmup=20),
-                   judge=dict(updates=1500, lr=2e-3)),
+    "laptop": dict(
+        data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x128", dropout=0.0,
+        batch_size=64, micro_batch=64, ema=0.999, warmup=100, beta2=0.95, save_every=1000,
+        teacher=dict(updates=2000, lr=2e-3), judge=dict(updates=1500, lr=2e-3),
+        dcd=dict(updates=500, lr=3e-4, batch_size=32),
+        idlm=dict(updates=1100, lr=1e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20)),
     # One GPU: some minutes. The same text, a larger network.
-    "gpu": dict(data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384",
-                dropout=0.1, batch_size=128, micro_batch=128, ema=0.999, warmup=200, beta2=0.95,
-                save_every=2000, teacher=dict(updates=10_000, lr=1e-3),
-                dcd=dict(updates=2000, lr=1e-4),
-                idlm=dict(updates=3000, lr=3e-5, fake_lr=3e-4, ema=0.99, warmup=50),
-                judge=dict(updates=3000, lr=1e-3)),
+    "gpu": dict(
+        data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384", dropout=0.1,
+        batch_size=128, micro_batch=128, ema=0.999, warmup=200, beta2=0.95, save_every=2000,
+        teacher=dict(updates=10_000, lr=1e-3), judge=dict(updates=3000, lr=1e-3),
+        dcd=dict(updates=2000, lr=1e-4),
+        idlm=dict(updates=3000, lr=3e-5, fake_lr=3e-4, ema=0.99, warmup=50)),
     # The paper's recipe: 169M parameters, batch 512, the published optimiser. Days on eight GPUs.
-    "owt": dict(data="openwebtext", tokenizer="gpt2", block_size=1024, size="12x12x768",
-                dropout=0.1, batch_size=512, micro_batch=8, ema=0.9999, warmup=2500, beta2=0.999,
-                save_every=1000, teacher=dict(updates=1_000_000, lr=3e-4),
-                dcd=dict(updates=50_000, lr=6e-5),
-                idlm=dict(updates=100_000, lr=1e-6, fake_lr=1e-6),
-                judge=dict(updates=100_000, lr=3e-4)),
+    "owt": dict(
+        data="openwebtext", tokenizer="gpt2", block_size=1024, size="12x12x768", dropout=0.1,
+        batch_size=512, micro_batch=8, ema=0.9999, warmup=2500, beta2=0.999, save_every=1000,
+        teacher=dict(updates=1_000_000, lr=3e-4), judge=dict(updates=100_000, lr=3e-4),
+        dcd=dict(updates=50_000, lr=6e-5), idlm=dict(updates=100_000, lr=1e-6, fake_lr=1e-6)),
 }
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
+ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
 LATENT_DIM, FULL_NOISE = 64, 0.5     # --latent gaussian: size of z, share of texts at t_tilde = 1
 CLIP = 1.0                           # gradient norm
@@ -75,10 +76,10 @@ def parse_args(argv=None):
     add = p.add_argument
     # what to run
     add("--process", choices=STAGES, default="mdlm", help="masked or uniform noise")
-    add("--stage", choices=("teacher", "dcd", "idlm", "judge"), help="one stage; else all missing")
+    add("--stage", choices=ALL_STAGES, help="one stage; else all missing")
     add("--preset", choices=PRESETS, help="default: gpu with a CUDA device, else laptop")
     add("--out", help="run folder, default out/<process>")
-    add("--resume", action="store_true", help="go on from an unfinished checkpoint")
+    add("--resume", action="store_true", help="go on from a checkpoint; repeat its flags")
     add("--init_from", help="teacher for idlm or dcd: a checkpoint, folder or hub name")
     # data and network
     add("--data", help="text file, glob of .txt[.gz|.xz], or hub data set")
@@ -106,28 +107,33 @@ def parse_args(argv=None):
     add("--compile", action=argparse.BooleanOptionalAction, help="default: where it helps")
     add("--seed", type=int, default=1)
     args = p.parse_args(argv)
+    counts = "updates", "batch_size", "micro_batch", "block_size", "fake_updates"  # at least 1
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0 or \
-                value == 0 and name in ("updates", "batch_size", "micro_batch", "block_size"):
-            raise BadInput(f"--{name} {value} is too small: see --help")
+        low, high = name in counts, 1 if name == "dropout" else math.inf
+        if type(value) in (int, float) and not low <= value < high:
+            raise BadInput(f"--{name} {value} is out of range: see --help")
+    if args.stage not in (None, "judge", *STAGES[args.process]):
+        raise BadInput(f"--stage {args.stage} is none of {args.process}: try --process duo")
+    if args.init_from and args.stage not in ("dcd", "idlm"):
+        raise BadInput(f"--init_from {args.init_from} gives a teacher: add --stage idlm (or dcd)")
+    if args.latent == "gaussian" and args.process == "duo":
+        raise BadInput("--latent gaussian is for the masked process: leave it out")
     args.device = pick_device(args.device)
     args.preset = args.preset or ("gpu" if args.device.type == "cuda" else "laptop")
     args.out = Path(args.out or f"out/{args.process}")
     args.dtype = args.dtype or ("bfloat16" if has_bfloat16(args.device) else "float32")
     if args.compile is None:             # on a CPU it needs a C++ compiler at run time
-        args.compile = args.device.type == "cuda" or args.device.type == "cpu" and any(
-            map(shutil.which, ("g++", "clang++", "cl")))
+        compilers = any(map(shutil.which, ("g++", "clang++", "cl")))
+        args.compile = {"cuda": True, "cpu": compilers}.get(args.device.type, False)
     return args
 
 
 def pick_device(name):
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    name = name or next(device for device, ok in there.items() if ok)
-    if not there.get(name.split(":")[0], False):
-        raise BadInput(f"--device {name}: this machine has {[d for d, ok in there.items() if ok]}; "
-                       "leave the flag out to take the first")
-    rank = os.environ.get("LOCAL_RANK")
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + \
+        ["cpu"]
+    name, rank = name or there[0], os.environ.get("LOCAL_RANK")
+    if name.split(":")[0] not in there:
+        raise BadInput(f"--device {name}: this machine has {there}; drop the flag for the first")
     return torch.device(f"cuda:{rank}" if name == "cuda" and rank else name)
 
 
@@ -140,23 +146,27 @@ def has_bfloat16(device):
 
 def settings_of(args, stage):
     preset = PRESETS[args.preset]
-    found = {"fake_lr": None} | {k: v for k, v in preset.items() if not isinstance(v, dict)}
-    found |= preset[stage]
+    found = {k: v for k, v in preset.items() if not isinstance(v, dict)} | preset[stage]
     found |= {k: v for k, v in vars(args).items() if v is not None or k not in found}
     s = argparse.Namespace(**found | {"stage": stage})
-    s.micro_batch = math.gcd(s.batch_size, s.micro_batch)
     s.world, s.rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0)))
-    try:
-        s.layers, s.heads, s.width = (int(n) for n in s.size.split("x"))
-    except ValueError:
-        raise BadInput(f"--size {s.size}: give layers x heads x width, as in 12x12x768") from None
+    if s.batch_size % s.world:
+        raise BadInput(f"--batch_size {s.batch_size} cannot be shared by {s.world} processes: "
+                       "choose a multiple")
+    s.micro_batch = math.gcd(s.batch_size // s.world, s.micro_batch)
+    sizes = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", s.size)
+    if not sizes or int(sizes[3]) % (2 * int(sizes[2])):
+        raise BadInput(f"--size {s.size}: give layers x heads x width, as in 12x12x768, with an "
+                       "even width for each head")
+    s.layers, s.heads, s.width = map(int, sizes.groups())
+    s.weights = torch.float64 if s.dtype == "float64" else torch.float32
     return s
 
 
 def key_of(s, step, part=0, micro=0):
     """One seed for one set of draws; see the module's docstring."""
-    stage = ("teacher", "dcd", "idlm", "judge").index(s.stage)
-    return ((((s.seed * 4 + stage) * 10 ** 7 + step) * 16 + part) * 4096 + micro) % 2 ** 63
+    key = (s.seed * 4 + ALL_STAGES.index(s.stage)) * 10 ** 7 + step
+    return ((key * 16 + part) * 4096 + micro) % 2 ** 63
 
 
 def autocast(s):
@@ -182,7 +192,7 @@ class Trainee:
         s, total = self.s, torch.zeros((), device=self.s.device)
         M = s.batch_size // s.micro_batch
         for m in range(s.rank, M, s.world):
-            torch.manual_seed(key_of(s, step, part, m))              # dropout
+            torch.manual_seed(-key_of(s, step, part, m))   # dropout; seeds of `batch` are positive
             with autocast(s):
                 loss = loss_of(m, M) / M
             loss.backward()
@@ -209,9 +219,9 @@ def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng):
     """teacher, dcd and judge: one network, one loss."""
     if s.stage == "judge":
         logits = net(x_0[:, :-1], torch.zeros(len(x_0)))
-        return F.cross_entropy(logits.float().flatten(0, 1), x_0[:, 1:].flatten().to(s.device))
+        return F.cross_entropy(upcast(logits).flatten(0, 1), x_0[:, 1:].flatten().to(s.device))
     if s.stage == "dcd":
-        round_ = step // max(1, s.updates // DCD_ROUNDS)
+        round_ = step // math.ceil(s.updates / DCD_ROUNDS)
         return dcd_loss(net, teacher, process, x_0, DCD_DELTA * 2 ** round_, rng, t)
     if s.process == "mdlm":
         return mdlm_loss(net, process, x_0, rng, t)
@@ -244,18 +254,16 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     return generator_loss(net, fake, teacher, eps, *noise, process.K, rng, **extra)
 
 
-def load_teacher(s, data):
+def load_teacher(s, data, saved):
     """The network that this stage distils: by default of the last stage before it."""
     dcd = s.out / "dcd.pt"
-    name = s.init_from or (dcd if s.stage == "idlm" and dcd.exists() else s.out / "teacher.pt")
+    last = dcd if s.stage == "idlm" and dcd.exists() else s.out / "teacher.pt"
+    name = str(s.init_from or (saved["teacher"] if saved else last))
     net, meta = checkpoint.load_network(name, s.device, s.process)
     if meta["tokenizer"] != data.spec:
         raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
                        f"{s.data} gives: name the data it was trained on")
-    net.config.dropout = s.dropout
-    for block in net.blocks:
-        block.dropout = s.dropout
-    return net.requires_grad_(False), str(name)
+    return net.requires_grad_(False).to(s.weights), name
 
 
 # ---- a stage ------------------------------------------------------------------------------------
@@ -264,59 +272,55 @@ def run_stage(args, stage, data):
     s = settings_of(args, stage)
     path = s.out / f"{stage}.pt"
     saved = checkpoint.load(path) if path.exists() else None
-    if saved and not s.resume:
-        raise BadInput(f"{path} is at step {saved['step']} of {saved['updates']}: add --resume to "
-                       "go on, or choose another folder with --out")
+    start = saved["step"] if saved else 0
+    if saved and start >= saved["updates"]:
+        if args.stage:
+            raise BadInput(f"{path} is finished: delete it, or choose another folder with --out")
+        return print(f"{path} is finished: kept")
+    if saved and not (s.resume and start < s.updates):
+        raise BadInput(f"{path} is at step {start} of {saved['updates']}: add --resume to go on, "
+                       "or choose another folder with --out")
     meta = dict(process="ar" if stage == "judge" else s.process, tokenizer=data.spec, stage=stage,
                 block_size=s.block_size, data=str(s.data), latent=s.latent, updates=s.updates)
     process = checkpoint.make_process(meta) if stage != "judge" else None
+    config = ModelConfig(process.vocab_size if process else data.K, s.layers, s.heads, s.width,
+                         dropout=s.dropout, causal=stage == "judge")
     teacher = None
     if stage in ("dcd", "idlm"):
-        teacher, meta["teacher"] = load_teacher(s, data)
-        gaussian = stage == "idlm" and s.process == "mdlm" and s.latent == "gaussian"
-        config = replace(teacher.config, latent_dim=LATENT_DIM * gaussian)
-    else:
-        config = ModelConfig(process.vocab_size if process else data.K, s.layers, s.heads, s.width,
-                             dropout=s.dropout, causal=stage == "judge")
+        teacher, meta["teacher"] = load_teacher(s, data, saved)
+        latent_dim = LATENT_DIM if stage == "idlm" and s.latent == "gaussian" else 0
+        config = replace(teacher.config, latent_dim=latent_dim, dropout=s.dropout)
     if saved and saved["config"] != asdict(config):
         raise BadInput(f"{path} holds a network of another shape, {saved['config']}: repeat its "
                        "flags, or choose another folder with --out")
     torch.manual_seed(s.seed)
-    net = DiT(config).to(s.device, torch.float64 if s.dtype == "float64" else torch.float32)
+    net = DiT(config).to(s.device, s.weights)
     if teacher:                          # the generator starts as the teacher, its z as drawn above
         net.load_state_dict(net.state_dict() | teacher.state_dict())
-    main = Trainee(net, s.lr, s)
-    trainees, start = {"main": main}, 0
+    main, fake = Trainee(net, s.lr, s), None
+    kept = {"ema": main.ema, "main": net, "main_optimizer": main.optimizer}    # for --resume
     if stage == "idlm":
-        fake = copy.deepcopy(teacher).to(next(net.parameters()).dtype).requires_grad_(True)
-        trainees["fake"] = Trainee(fake, s.fake_lr, s, averaged=False)
+        fake = DiT(replace(config, latent_dim=0)).to(s.device, s.weights)
+        fake.load_state_dict(teacher.state_dict())
+        follower = Trainee(fake, s.fake_lr, s, averaged=False)
+        kept |= {"fake": fake, "fake_optimizer": follower.optimizer}
+    if stage == "dcd":
+        kept["round_teacher"] = teacher
     if saved:
-        start = saved["step"]
-        main.ema.load_state_dict(saved["ema"])
-        for name, trainee in trainees.items():
-            trainee.net.load_state_dict(saved[name])
-            trainee.optimizer.load_state_dict(saved[f"{name}_optimizer"])
-        if stage == "dcd":
-            teacher.load_state_dict(saved["round_teacher"])
+        for name, part in kept.items():
+            part.load_state_dict(saved[name])
+        saved = None                     # it may be gigabytes
     if s.compile:
         idlm_loss.COMPILE = s.device.type == "cuda"
-        dynamo = torch._dynamo.config    # one function, many formulas; its older name before 2.7
-        setattr(dynamo, "recompile_limit" if hasattr(dynamo, "recompile_limit") else
-                "cache_size_limit", 64)
-        for n in [t.net for t in trainees.values()] + [teacher] * (teacher is not None):
-            n.compile_trunk()
+        torch._dynamo.config.cache_size_limit = 64       # one function, many formulas
+        for network in filter(None, (net, fake, teacher)):
+            network.compile_trunk()
 
     def save(step):
-        state = meta | checkpoint.provenance(s.seed, s.device) | dict(
-            config=asdict(config), step=step, ema=main.ema.state_dict(),
-            args={k: str(v) for k, v in vars(s).items()})
-        if step < s.updates:             # a finished stage needs no optimiser
-            for name, trainee in trainees.items():
-                state[name] = trainee.net.state_dict()
-                state[f"{name}_optimizer"] = trainee.optimizer.state_dict()
-            if stage == "dcd":
-                state["round_teacher"] = teacher.state_dict()
-        checkpoint.save(path, state)
+        parts = kept if step < s.updates else {"ema": main.ema}        # finished: no optimiser
+        checkpoint.save(path, meta | checkpoint.provenance(s.seed, s.device) | {
+            "config": asdict(config), "step": step, "args": {k: str(v) for k, v in vars(s).items()},
+            **{name: part.state_dict() for name, part in parts.items()}})
 
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
@@ -325,12 +329,12 @@ def run_stage(args, stage, data):
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
         if s.latent == "gaussian":
-            full = torch.rand(s.batch_size, generator=rng) < FULL_NOISE
-            t_tilde = t_tilde.masked_fill(full, 1.0)
+            t_tilde[torch.rand(s.batch_size, generator=rng) < FULL_NOISE] = 1.0
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
         return x_0[m::M], t[m::M], t_tilde[m::M], rng
 
-    log, tick = Log(s, start), max(1, min(50, s.updates // 20))
+    # Losses stay on the device until a line is due: the host does not wait for them in between.
+    rows, clock, tick = [], time.time(), max(1, min(50, s.updates // 20))
     for step in range(start, s.updates):
         net.train()
         if stage == "idlm":
@@ -338,27 +342,30 @@ def run_stage(args, stage, data):
             # ======== Algorithm 1, inner problem: the fake follows the generator ========
             fake.train().requires_grad_(True)
             for part in range(1, 1 + s.fake_updates):
-                loss, norm = trainees["fake"].update(step, part, lambda m, M: idlm_step(
+                fake_loss, fake_norm = follower.update(step, part, lambda m, M: idlm_step(
                     "fake", s, process, *nets, *batch(step, part, m, M)))
-                log.add(fake=loss, fake_grad=norm)
             # ======== Algorithm 1, outer problem: the generator descends the gap ========
             fake.eval().requires_grad_(False)
             loss, norm = main.update(step, 0, lambda m, M: idlm_step(
                 "generator", s, process, *nets, *batch(step, 0, m, M)))
-            log.add(gap=loss, grad=norm)
+            rows.append({"fake": fake_loss, "fake_grad": fake_norm, "gap": loss, "grad": norm})
         else:
-            if stage == "dcd" and step and step % max(1, s.updates // DCD_ROUNDS) == 0:
+            if stage == "dcd" and step and step % math.ceil(s.updates / DCD_ROUNDS) == 0:
                 teacher.load_state_dict(main.ema.state_dict())
             loss, norm = main.update(step, 0, lambda m, M: plain_loss(
                 s, step, process, net, teacher, *batch(step, 0, m, M)))
-            log.add(**{"kl" if stage == "dcd" else "nelbo" if process else "nll": loss, "grad": norm})
+            rows.append({{"dcd": "kl", "judge": "nll"}.get(stage, "nelbo"): loss, "grad": norm})
         step += 1
-        if step % tick == 0 or step == s.updates:
-            log.line(step)               # stops at a non-finite loss, before anything is saved
-        if (step % s.save_every == 0 or step == s.updates) and s.rank == 0:
+        due = step % s.save_every == 0 or step == s.updates
+        if due or step % tick == 0:      # stops at a non-finite loss, before anything is saved
+            report(s, step, rows, time.time() - clock)
+            rows, clock = [], time.time()
+        if due and s.rank == 0:
             save(step)
             show(s, step, process, main.ema, data)
-            log.clock = time.time()
+            clock = time.time()
+    if s.world > 1:
+        dist.barrier()                   # the next stage reads what process 0 has written
 
 
 @torch.no_grad()
@@ -377,36 +384,21 @@ def show(s, step, process, net, data):
                   f"{data.tokenizer.decode(text.tokens[0].tolist())!r}", flush=True)
 
 
-class Log:
-    """One line per interval on the terminal, the same numbers in log.jsonl. Losses stay on the
-    device until a line is due: the host does not wait for them in between."""
-
-    def __init__(self, s, start):
-        self.s, self.start, self.last, self.sums, self.rate = s, start, start, {}, None
-        self.clock = time.time()
-
-    def add(self, **values):
-        for name, value in values.items():
-            total, count = self.sums.get(name, (0, 0))
-            self.sums[name] = total + value, count + 1
-
-    def line(self, step):
-        s, means = self.s, {k: float(total) / n for k, (total, n) in self.sums.items()}
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise BadInput(f"{s.stage}: {name} is {value} between steps {self.last + 1} and "
-                               f"{step}; the last checkpoint is kept. Lower the learning rate")
-        ms = 1e3 * (time.time() - self.clock) / (step - self.last)
-        self.rate = ms if self.rate is None or step - self.start < 100 else \
-            0.8 * self.rate + 0.2 * ms
-        if s.rank == 0:
-            parts = " | ".join(f"{k} {v:.3f}" for k, v in means.items())
-            print(f"{s.stage} {step}/{s.updates} | {parts} | {ms:.0f} ms | "
-                  f"{s.batch_size * s.block_size / ms:.1f}k tok/s | "
-                  f"eta {(s.updates - step) * self.rate / 60e3:.1f}m", flush=True)
-            with open(s.out / "log.jsonl", "a") as file:
-                file.write(json.dumps({"stage": s.stage, "step": step, "ms": ms, **means}) + "\n")
-        self.sums, self.last, self.clock = {}, step, time.time()
+def report(s, step, rows, seconds):
+    """A line on the terminal and in log.jsonl: means over the updates since the last one."""
+    means = {k: torch.stack([row[k] for row in rows]).mean().item() for k in rows[0]}
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise BadInput(f"{s.stage}: {name} is {value} between steps {step - len(rows) + 1} and "
+                           f"{step}; the last checkpoint is kept. Lower the learning rate")
+    ms = 1e3 * seconds / len(rows)
+    parts = " | ".join(f"{k} {v:.3f}" for k, v in means.items())
+    print(f"{s.stage} {step}/{s.updates} | {parts} | {ms:.0f} ms | "
+          f"{s.batch_size * s.block_size / ms:.1f}k tok/s | "
+          f"eta {(s.updates - step) * ms / 60e3:.1f}m", flush=True)
+    if s.rank == 0:
+        with open(s.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"stage": s.stage, "step": step, "ms": ms, **means}) + "\n")
 
 
 def main(argv=None):
@@ -416,25 +408,17 @@ def main(argv=None):
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    if s.rank:                           # one process speaks
+        sys.stdout = open(os.devnull, "w")
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
     data = TextData(s.data, s.tokenizer, s.block_size)
-    if s.rank == 0:
-        print(f"{args.process}, preset {args.preset}, {args.device}, {args.dtype}, compile "
-              f"{'on' if args.compile else 'off'}, seed {args.seed}, run folder {args.out}\n"
-              f"{s.data}: {len(data.train):,} tokens to train, the last {len(data.val):,} held out, "
-              f"{data.K} words", flush=True)
-    for stage in (args.stage,) if args.stage else STAGES[args.process]:
-        path = args.out / f"{stage}.pt"
-        saved = checkpoint.load(path) if path.exists() else None
-        if saved and saved["step"] >= saved["updates"]:
-            if args.stage:
-                raise BadInput(f"{path} is finished: delete it, or choose another --out")
-            print(f"{path} is finished: kept")
-            continue
+    print(f"{args.process}, preset {args.preset}, {args.device}, {args.dtype}, compile "
+          f"{'on' if args.compile else 'off'}, seed {args.seed}, in {args.out}\n{s.data}: {data.K} "
+          f"words, {len(data.train):,} tokens to train, the last {len(data.val):,} held out")
+    for stage in [args.stage] if args.stage else STAGES[args.process]:
         run_stage(args, stage, data)
-        if s.rank == 0:
-            print(f"{stage} done, {(time.time() - began) / 60:.1f} minutes so far", flush=True)
+        print(f"{(time.time() - began) / 60:.1f} minutes so far", flush=True)
     if not args.stage and s.rank == 0:
         import evaluate
         evaluate.short_table(args.out, args.process, args.device, args.seed)

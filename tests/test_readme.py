@@ -1,0 +1,81 @@
+"""The README says what is true: its files, commands and figures.   python -m pytest tests/test_readme.py
+
+`python tests/test_readme.py` brings the README's line counts up to date.
+"""
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+README = ROOT / "README.md"
+PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
+
+
+def program():
+    return sorted(ROOT.glob("*.py"))
+
+
+def lines(path):
+    return len(path.read_text().splitlines())
+
+
+def commands():
+    blocks = re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL)
+    found = [line for block in blocks for line in block.splitlines()]
+    found += [code.replace("\n", " ") for code in re.findall(r"`(python [^`]*)`", README.read_text())]
+    return [line for line in found if line.startswith("python ") and ".py" in line]
+
+
+def test_every_file_is_in_the_table_with_its_length():
+    rows = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README.read_text(), re.MULTILINE))
+    assert rows == {path.name: str(lines(path)) for path in program()}
+
+
+def test_files_named_exist():
+    for name in re.findall(r"(?:assets|results|tests|data)/[\w./]+\.\w+", README.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_understood(command):
+    """Every command of the README passes its script's own parser; nothing is run."""
+    words = shlex.split(command.replace("S --", "1 --"))[1:]
+    words = ["1" if word == "S" else word for word in words]
+    script, argv = words[0], words[1:]
+    if script == "toy.py" or script == "bench.py" or script.startswith("tests/"):
+        text = (ROOT / script).read_text()
+        assert all(flag in text for flag in argv if flag.startswith("--"))
+    else:
+        __import__(script[:-3]).parse_args(argv)
+
+
+def test_results_say_where_they_come_from():
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert files
+    for path in files:
+        records = json.loads(path.read_text())
+        assert isinstance(records, list) and records, path.name
+        for record in records:
+            assert PROVENANCE <= record.keys(), (path.name, PROVENANCE - record.keys())
+            if record.get("gen_ppl") is not None:
+                assert record["entropy"] is not None                 # never one without the other
+
+
+def test_tables_come_from_the_results(tmp_path):
+    import evaluate
+    copy = tmp_path / "README.md"
+    copy.write_text(README.read_text())
+    evaluate.rewrite_tables(copy, ROOT / "results")
+    assert copy.read_text() == README.read_text(), "run python evaluate.py --table"
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    for path in program():
+        text = re.sub(rf"^(\| `{path.name}` \| )\d+", rf"\g<1>{lines(path)}", text, flags=re.MULTILINE)
+    README.write_text(text)
