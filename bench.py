@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Time and memory of training and sampling, beside an autoregressive rival of the same size.
 
-    python bench.py                          all cases: the paper's shape on a GPU, a toy on a CPU
-    python bench.py train --process duo --update soft
-    python bench.py rival                    our causal model with a KV cache writes L tokens
-    python bench.py scaling                  a training iteration over L, B and V
+    python bench.py                    all cases: at the paper's shape on a GPU, at a toy's on a CPU
+    python bench.py train|scaling      an iteration of train.py; the same over L, B and V
+    python bench.py sample|rival       texts from a generator; from a causal model with a KV cache
 
 MFU = FLOPs of the formulas (none recomputed) / time / dense bfloat16 peak; a forward is
 24 D^2 layers B L (weights) + 4 L D layers B L (attention) + 2 D V B L (head at all positions), a
@@ -30,48 +29,45 @@ from model import DiT, ModelConfig
 from teacher import Masked, Uniform, stratified_times
 from train import idlm_step, pick_device
 
-CHOICES = dict(mode=("train", "sample", "rival", "scaling"), process=("mdlm", "duo"),
-               update=("hard", "marginal", "soft"), ending=("greedy", "ancestral"))
 SIZES = dict(batch_size=(8, 2), block_size=(1024, 32), num_layers=(12, 2), num_heads=(12, 4),
-             width=(768, 64), vocab=(50258, 1025), iters=(20, 3), steps=(16, 16))  # GPU, CPU
-PEAK = 989e12                               # dense bfloat16 FLOP/s of H100 and H200
+             width=(768, 64), vocab=(50258, 1025), iters=(20, 3), steps=(16, 16))  # on GPU, on CPU
+PEAK = {"H100": 989e12, "H200": 989e12}     # dense bfloat16 FLOP/s; another device shows no MFU
 # (weights, attention, head) forwards of an iteration: 3 to update a network, 1 to run another (soft
-# inputs: with a backward). The masked head counts where t or t_tilde, or both, mask.
+# inputs: with a backward); the masked head where t, t_tilde or both mask
 UNITS = {"mdlm": (9, 9, 3.5), "hard": (9, 9, 9), "marginal": (9, 9, 9), "soft": (11, 13, 11)}
-# The authors' released code, eager, same shape: measured, H200.  ms, GiB
-AUTHORS = {"train mdlm B8": (315.8, 17.7), "train soft B8": (490.3, 66.2),
-           "sample mdlm 16 B8": (591,), "sample mdlm 16 B32": (1549, 23.4),
-           "sample greedy 4 B8": (212,), "sample greedy 4 B32": (790, 59.1)}
-ALL = ["train --process mdlm"] + [f"train --process duo --update {u}" for u in CHOICES["update"]] \
-    + [f"sample --process {case} --batch_size {B}" for case in ("mdlm --steps 16", "duo --steps 4")
+AUTHORS = {  # their released code, eager, same shape: measured, H200.  ms, GiB
+    "train mdlm B8": (315.8, 17.7), "train soft B8": (490.3, 66.2), "sample mdlm 16 B8": (591,),
+    "sample mdlm 16 B32": (1549, 23.4), "sample greedy 4 B8": (212,),
+    "sample greedy 4 B32": (790, 59.1)}
+ALL = ["train"] + [f"train --process duo --update {u}" for u in ("hard", "marginal", "soft")] \
+    + [f"sample {flags} --batch_size {B}" for flags in ("--steps 16", "--process duo --steps 4")
        for B in (8, 32)] + [f"rival --batch_size {B}" for B in (1, 8, 32)]
-SCALING = [f"scaling --{name} {size}" for name, sizes in dict(
-    block_size=(256, 512, 1024, 2048), batch_size=(2, 4, 16), vocab=(1026, 8194, 131074)).items()
-    for size in sizes]
+SCALING = [f"scaling --block_size {L}" for L in (256, 512, 1024, 2048)] \
+    + [f"scaling --batch_size {B}" for B in (2, 4, 16)] \
+    + [f"scaling --vocab {V}" for V in (1026, 8194, 131074)]
 
 
 def measure(args, name, V, parts, units=(0, 0, 0), warmup=5):
     """Call the functions `parts` in turn, again and again. -> median ms of each, record"""
-    wait, cuda = getattr(torch, args.device.type).synchronize, args.device.type == "cuda"
-    marks, graphs = [], []
+    wait, marks, graphs = getattr(torch, args.device.type).synchronize, [], []
     for part in [wait, *parts * (warmup + args.iters)]:
         part()                              # on CUDA the device notes the time, nobody waits
         marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(
-            enable_timing=True)) if cuda else wait() or time.perf_counter())
+            enable_timing=True)) if args.cuda else wait() or time.perf_counter())
         graphs.append(counters["stats"]["unique_graphs"])
     wait()
-    times = torch.tensor([a.elapsed_time(b) if cuda else 1e3 * (b - a) for a, b in pairwise(marks)],
-                         dtype=torch.float64).view(-1, len(parts))
+    times = [a.elapsed_time(b) if args.cuda else 1e3 * (b - a) for a, b in pairwise(marks)]
+    times = torch.tensor(times, dtype=torch.float64).view(-1, len(parts))
     warm, times = times[:warmup].sum().item(), times[warmup:]
     low, ms, high = (round(times.sum(1).quantile(q).item(), 3) for q in (0.1, 0.5, 0.9))
     B, L, D, layers = args.batch_size, args.block_size, args.width, args.num_layers
     flops = B * L * D * (layers * (24 * units[0] * D + 4 * units[1] * L) + 2 * units[2] * V)
-    known = flops and any(chip in args.where["device"] for chip in ("H100", "H200"))
+    peak = next((rate for chip, rate in PEAK.items() if chip in args.where["device"]), 0)
     return times.median(0).values.tolist(), dict(
         name=f"{name} B{B}", process=args.process, B=B, L=L, V=V, layers=layers, width=D,
         median_ms=ms, p10_ms=low, p90_ms=high, tokens_per_s=round(1e3 * B * L / ms),
-        peak_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if cuda else None,
-        mfu=round(1e3 * flops / ms / PEAK, 4) if known else None, iters=args.iters,
+        peak_gib=round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if args.cuda else None,
+        mfu=round(1e3 * flops / ms / peak, 4) if peak and flops else None, iters=args.iters,
         compile_s=round(max(0, warm - warmup * ms) / 1e3, 1), compiled=args.compile,
         recompilations=graphs[-1] - graphs[warmup * len(parts)], **args.where,
         authors=AUTHORS.get(f"{name} B{B}") if (D, layers, L) == (768, 12, 1024) else None)
@@ -80,96 +76,86 @@ def measure(args, name, V, parts, units=(0, 0, 0), warmup=5):
 def network(args, V, **config):
     with args.device:
         net = DiT(ModelConfig(V, args.num_layers, args.num_heads, args.width, **config))
-        for parameter in net.parameters():  # as trained: products with zeros would be faster
-            torch.nn.init.normal_(parameter, std=0.02)
+    for parameter in net.parameters():      # as if trained: products with 0 are faster
+        torch.nn.init.normal_(parameter, std=0.02)
     return net.compile_trunk() if args.compile else net
 
 
 def iteration(args, process, rng):
-    """train.py's, in parts: loss and AdamW of the fake, of the generator, then EMA."""
-    B, L = args.batch_size, args.block_size
-    generator, fake, teacher = (network(args, process.vocab_size, dropout=args.dropout)
-                                for _ in range(3))
-    teacher.eval().requires_grad_(False)
+    """train.py's, in parts: loss and AdamW of the fake, loss and AdamW of the generator, EMA."""
+    B, L, V = args.batch_size, args.block_size, process.vocab_size
+    generator, fake, teacher = (network(args, V, dropout=args.dropout) for _ in range(3))
+    nets = generator, fake, teacher.eval().requires_grad_(False)
     weights = [p.detach() for p in generator.parameters()]
     ema = [w.clone() for w in weights] if args.ema else []
-    settings = argparse.Namespace(process=args.process, uniform_update=args.update, latent="state")
 
     def loss(which):
-        fake.train(which == "fake").requires_grad_(which == "fake")
+        generator.zero_grad()
+        fake.train(which == "fake").requires_grad_(which == "fake").zero_grad()
         x_0 = torch.randint(process.K, (B, L), generator=rng)
         t, t_tilde = stratified_times(B, rng), stratified_times(B, rng)[torch.randperm(B)]
-        args.amp(idlm_step)(which, settings, process, generator, fake, teacher, x_0, t, t_tilde,
-                            rng).backward()
-
-    def update(adam):
-        adam.step()
-        adam.zero_grad()
+        args.amp(idlm_step)(which, args, process, *nets, x_0, t, t_tilde, rng).backward()
 
     adams = [torch.optim.AdamW(net.parameters(), lr=1e-6, fused=True) for net in (fake, generator)]
-    return [partial(loss, "fake"), partial(update, adams[0]), partial(loss, "generator"),
-            partial(update, adams[1]), lambda: ema and torch._foreach_lerp_(ema, weights, 1e-4)]
+    return [partial(loss, "fake"), adams[0].step, partial(loss, "generator"), adams[1].step,
+            lambda: ema and torch._foreach_lerp_(ema, weights, 1e-4)]
 
 
 def cached_writer(net, tokens, u):
-    """A function that continues column 0 of tokens (B, L + 1), one a pass. u (L, B): for the draws.
-
-    The cache is of full length, so on CUDA all passes are one CUDA graph, replayed: launching the
-    many small kernels would take longer than running them.
-    """
-    (L, B), position, step = u.shape, tokens.new_zeros(1), None
-    heads = B, net.config.num_heads, L, net.config.width // net.config.num_heads
+    """A function that continues tokens (B, L + 1) from column 0, one a pass. u (L, B): the draws.
+    The cache is of full length, so that all passes are one; on CUDA that one is a CUDA graph."""
+    (L, B), position, graph = u.shape, tokens.new_zeros(1), None
+    shape = B, net.config.num_heads, L, net.config.width // net.config.num_heads
 
     def remember(keys, values, k, v):       # (B, H, L, d) x2, (B, H, 1, d) x2
         keys[:, :, position], values[:, :, position] = k, v
         return keys, values, (torch.arange(L, device=k.device) <= position)[None]
 
-    @torch.no_grad()
-    def write_one():                        # not net.project: it copies the head to align it
+    for block in net.blocks:                # the network's own pass, over one token
+        cache = [net.vocab_embed.embedding.new_zeros(shape) for _ in range(2)]
+        block.forward = partial(block.forward, cache=partial(remember, *cache))
+    net.rotary_emb.forward = partial(net.rotary_emb.forward, start=position)
+
+    def write_one():
         h = net.hidden(tokens[:, position], u.new_zeros(B))[:, 0]
-        drawn = idlm_loss.sample_categorical(net.output_layer.linear(h), u[position][0])
-        tokens[:, position + 1] = drawn[:, None]
+        logits = net.output_layer.linear(h)                  # `project` would copy it to align it
+        tokens[:, position + 1] = idlm_loss.sample_categorical(logits, u[position][0])[:, None]
         position.add_(1)
 
-    def write():
-        position.zero_()
-        for _ in range(L):
-            step()
+    one = torch.compile(write_one) if idlm_loss.COMPILE else write_one
 
-    net.rotary_emb.forward = partial(net.rotary_emb.forward, start=position)
-    for block in net.blocks:
-        empty = (torch.zeros(heads).to(net.vocab_embed.embedding) for _ in range(2))
-        block.forward = partial(block.forward, cache=partial(remember, *empty))
-    step = torch.compile(write_one) if idlm_loss.COMPILE else write_one
-    if net.device.type == "cuda":
-        for _ in range(3):                  # compiles and warms up
-            step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        step = graph.replay
+    @torch.no_grad()
+    def write():
+        nonlocal graph
+        position.zero_()
+        for i in range(L):
+            if net.device.type == "cuda" and i == 3 and not graph:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):                # records, runs nothing
+                    one()
+            graph.replay() if graph else one()
+
     return write
 
 
-def run(args, process, rng):
+def run(args):
     """-> the record of one case"""
-    n, B, L, V = args.steps, args.batch_size, args.block_size, process.vocab_size
-    if args.mode == "sample":
-        net, name, head = network(args, V).eval(), args.ending, n
-        if args.process == "mdlm":          # the pass over all-[MASK] texts serves all B of them
-            name, head, passes = "mdlm", 1, n - 1 + 1 / B
+    n, B, L, rng = args.steps, args.batch_size, args.block_size, torch.manual_seed(args.seed)
+    masked = args.process == "mdlm"
+    process = Masked(args.vocab) if masked else Uniform(args.vocab - 1)
+    V = process.vocab_size
+    if args.mode == "sample":               # a pass over all-[MASK] texts serves all B of them
+        name, passes, heads = ("mdlm", n - 1 + 1 / B, 1) if masked else (args.ending, n, n)
+        net = network(args, V)
         write = partial(args.amp(sample), net, process, B, L, n, rng, ending=args.ending)
-        return measure(args, f"sample {name} {n}", V, [write], (passes, passes, head))[1]
-    if args.mode == "rival":
-        args.process, V = "ar", process.K
-        net = network(args, V, causal=True).eval()
-        if args.device.type == "cuda":      # weights in bfloat16: a pass's cost is reading them
-            for parameter in net.parameters():
-                parameter.data = parameter.data.bfloat16()
+        return measure(args, f"sample {name} {n}", V, [write], (passes, passes, heads))[1]
+    if args.mode == "rival":                # in bfloat16: a pass's cost is reading the weights
+        V, args.process = process.K, "ar"
+        net = network(args, V, causal=True).eval().to(torch.bfloat16 if args.cuda else torch.float)
         tokens = torch.zeros(B, L + 1, dtype=torch.int64, device=args.device)
-        u = torch.rand(L, B, generator=rng).to(args.device)
-        return measure(args, "rival", V, [cached_writer(net, tokens, u)], warmup=2)[1]
-    kind = "mdlm" if args.process == "mdlm" else args.update
+        writer = cached_writer(net, tokens, torch.rand(L, B, device=args.device))
+        return measure(args, "rival", V, [writer], warmup=2)[1]
+    kind = "mdlm" if masked else args.uniform_update
     (fake, fake_adam, generator, adam, ema), record = measure(
         args, f"{args.mode} {kind}", V, iteration(args, process, rng), UNITS[kind])
     if args.mode == "train":
@@ -182,7 +168,46 @@ def run(args, process, rng):
 
 
 def main(argv=None):
-    gpu, onoff = torch.cuda.is_available(), argparse.BooleanOptionalAction
     p = argparse.ArgumentParser(formatter_class=argparse.RawTextHelpFormatter, description=__doc__)
-    add = p.add_argument
-    add("mode", nargs="?", choices=CHOICES["mode"])
+    add, onoff, gpu = p.add_argument, argparse.BooleanOptionalAction, torch.cuda.is_available()
+    add("mode", nargs="?", choices=("train", "sample", "rival", "scaling"), help="default: all")
+    add("--all", action="store_true", help="all cases")
+    add("--process", choices=("mdlm", "duo"), default="mdlm")
+    add("--update", dest="uniform_update", choices=("hard", "marginal", "soft"), default="hard")
+    add("--ending", choices=("greedy", "ancestral"), default="greedy", help="of --process duo")
+    for name, sizes in SIZES.items():
+        add(f"--{name}", type=int, default=sizes[not gpu], help="%d, without a GPU %d" % sizes)
+    add("--dropout", type=float, default=0.1)
+    add("--ema", action=onoff, default=True)
+    add("--compile", action=onoff, default=gpu)
+    add("--device", help="default: the first that is there")
+    add("--seed", type=int, default=1)
+    add("--records", type=Path, help="JSON file for the records, written after every case")
+    args = p.parse_args(argv)
+    if min(getattr(args, name) for name in SIZES) < 1:
+        raise BadInput("a size, --steps or --iters is below 1; give whole numbers from 1 up")
+    args.device, idlm_loss.COMPILE, args.latent = pick_device(args.device), args.compile, "state"
+    args.where, args.cuda = provenance(args.seed, args.device), args.device.type == "cuda"
+    args.amp = torch.autocast(args.device.type, torch.bfloat16, args.cuda, cache_enabled=False)
+    torch.set_float32_matmul_precision("high")
+    torch._dynamo.config.cache_size_limit = 64               # newer name: recompile_limit
+    todo, records = {None: ALL, "scaling": SCALING}.get(args.mode, [args.mode]), []
+    for case in ALL if args.all else todo:
+        gc.collect()                        # the networks of the case before
+        torch._dynamo.reset()
+        if args.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        records.append(run(p.parse_args(case.split(), argparse.Namespace(**vars(args)))))
+        print(json.dumps(records[-1]), flush=True)
+        if args.records:
+            args.records.write_text(json.dumps(records, indent=1) + "\n")
+    print(json.dumps(records))
+    if again := [record["name"] for record in records if record["recompilations"]]:
+        raise BadInput(f"compiled again after warm-up: {again}; mark what varies as dynamic")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"bench.py: {error}")

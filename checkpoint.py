@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Networks in and out: our checkpoints, the published ones, and export in the published layout.
 
-    ours        a dict: "config" (ModelConfig), "process" (mdlm, duo or ar), "tokenizer", "ema" (the
-                weights that are used), more to know them by, and what train.py --resume reads
+    ours        a dict: "config", "process", "tokenizer", "ema" (the weights that are used) and more
     published   tensors under `backbone.`, with model.py's names: hub name, folder, .safetensors,
                 torch file or Lightning .ckpt; a config.json beside them is believed and checked
 
@@ -17,8 +16,8 @@ from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-import safetensors.torch
 import torch
+from safetensors.torch import load_file, save_file
 
 from data import BadInput
 from model import DiT, ModelConfig
@@ -51,9 +50,7 @@ def load(path):
         raise BadInput(f"there is no checkpoint at {path}; run python train.py first")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if path.suffix == ".json":
-            return dict(json.loads(path.read_text()))
+            return load_file(path)
         # Lightning files hold settings and a tokenizer too: such objects become empty shells
         shell = type("Shell", (), {"__init__": lambda *_: None, "__setstate__": lambda *_: None})
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) \
@@ -74,64 +71,61 @@ def find_weights(name):
             path = Path(snapshot_download(name, allow_patterns=["config.json", "*.safetensors"]))
         except Exception as error:
             raise BadInput(f"{name} is no file or folder, and the hub gave {type(error).__name__}; "
-                           "give a local folder, or set HF_HOME to a cache with it") from None
-    if not path.is_dir():
-        return path
-    files = [*path.glob("*.safetensors")] or [p for p in path.iterdir() if p.suffix in SUFFIXES]
-    if len(files) != 1:
-        raise BadInput(f"{name} holds {len(files)} files of weights; name the file")
-    return files[0]
+                           "give a local folder, or set HF_HOME to a cache that has it") from None
+    if path.is_dir():
+        files = [*path.glob("*.safetensors")] or [p for p in path.iterdir() if p.suffix in SUFFIXES]
+        if len(files) != 1:
+            raise BadInput(f"{name} holds {len(files)} files of weights; name the file")
+        path = files[0]
+    return path
 
 
 def read_published(found, stated, name, process):
     """-> weights, meta. Sizes are as config.json (`stated`) has them, else as the tensors."""
     if "state_dict" in found:               # Lightning, which may hold more networks than this one
-        weights = {key: w for key, w in found["state_dict"].items() if key.startswith("backbone.")}
+        plain = {key: w for key, w in found["state_dict"].items() if key.startswith("backbone.")}
         shadow = (found.get("ema") or {}).get("shadow_params", ())   # in the order of parameters
-        keys = [key for key in weights if not key.endswith("inv_freq")] if shadow else ()
+        keys = [key for key in plain if shadow and not key.endswith("inv_freq")]
         print(f"{name}: took the {'EMA' if shadow else 'plain'} weights", file=sys.stderr)
         if len(keys) != len(shadow):
             raise ValueError(f"{len(shadow)} tensors of EMA for {len(keys)} parameters")
-        found = weights | dict(zip(keys, shadow))
+        found = plain | dict(zip(keys, shadow))
     weights = {key.removeprefix("backbone."): w for key, w in found.items()}
-    stated = {PUBLISHED.get(key, key): value for key, value in stated.items()}
-    hints = f"{name} {process or ''} {stated.get('model_type', '')}".lower()
+    hints = f"mdlm {name} {process or ''} {stated.get('model_type', '')}".lower()
     V, D = weights["vocab_embed.embedding"].shape
     meta = asdict(ModelConfig(V)) | {
-        "width": D, "num_layers": sum("norm1" in key for key in weights),
-        "num_heads": max(1, D // 64), "cond_dim": len(weights["sigma_map.mlp.0.weight"]),
-        "dropout": 0.1, "block_size": 1024, "tokenizer": {"name": "gpt2"}, "stage": "teacher",
-        "process": "duo" if re.findall("mdlm|duo|dcd", "mdlm" + hints)[-1] != "mdlm" else "mdlm"} | stated
+        "process": re.findall("mdlm|duo|dcd", hints)[-1].replace("dcd", "duo"),
+        "tokenizer": {"name": "gpt2"}, "stage": "teacher", "block_size": 1024, "width": D,
+        "num_layers": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
+        "num_heads": D // 64, "cond_dim": len(weights["sigma_map.mlp.0.weight"]), "dropout": 0.1}
+    meta |= {PUBLISHED.get(key, key): value for key, value in stated.items()}
     config = {field.name: meta.pop(field.name) for field in fields(ModelConfig)}
-    if "tokenizer" not in stated:           # not our export: its other entries mean nothing here
-        meta = {key: meta[key] for key in ("process", "tokenizer", "block_size", "stage")}
     return weights, meta | {"config": config}
 
 
 def load_network(name_or_path, device="cpu", process=None):
     """-> net (DiT, eval mode, EMA weights), meta (a dict: all but weights and training state).
-
-    process: which a published checkpoint is; else config.json tells, or its name.
-    """
+    process: which one a published checkpoint is, where its config.json or name does not tell."""
     name = str(name_or_path)
     path = find_weights(name)
     found, beside = load(path), path.with_name("config.json")
     try:
-        if {"ema", "config", "process"} <= found.keys():     # one of ours
+        if {"ema", "config", "process"} <= found.keys():     # ours: what is no state of a module
             weights, meta = found["ema"], {key: x for key, x in found.items() if not isinstance(
                 x, (dict, torch.Tensor)) or key in ("config", "tokenizer", "args")}
         else:
-            stated = load(beside) if beside.exists() else {}
+            stated = json.loads(beside.read_text()) if beside.exists() else {}
             weights, meta = read_published(found, stated, name, process)
         net = DiT(ModelConfig(**meta["config"]))
-        net.load_state_dict(weights)
-    except Exception as error:              # what is missing, of another shape or too much
-        raise BadInput(f"{name} and its config.json, if it has one, are no network of this kind: "
+        net.load_state_dict(weights)        # strict: names what is missing, misshapen or too much
+    except Exception as error:
+        raise BadInput(f"{name} does not fit the sizes in its config.json, or else those of its "
+                       "vocab_embed.embedding and sigma_map.mlp.0.weight: "
                        f"{type(error).__name__} {' '.join(str(error).split())[:999]}") from None
     K, V, is_a = num_words(meta), net.config.vocab_size, meta["process"]
-    fits = V in {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
-    if not fits or process not in (None, is_a):
-        raise BadInput(f"{name} is a {is_a} network of {V} words: this does not fit process "
+    fitting = {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
+    if V not in fitting or process not in (None, is_a):
+        raise BadInput(f"{name} is a {is_a} network of {V} words, which does not fit process "
                        f"{process or is_a} with a tokenizer of {K} words")
     return net.to(device).eval(), meta
 
@@ -150,26 +144,25 @@ def make_process(meta):
 
 def export(net, meta, folder, dtype=None):
     """Write config.json and model.safetensors in the published layout; never over another file."""
+    stated, path = Path(folder, "config.json"), Path(folder, "model.safetensors")
+    if stated.exists() or path.exists():
+        raise BadInput(f"{folder} holds a network already; choose another folder")
     config = {key: x for key, x in meta.items() if key != "config"} | asdict(net.config)
     config |= {theirs: config[ours] for theirs, ours in PUBLISHED.items()}
     weights = {f"backbone.{key}": w.to("cpu", None if key.endswith("inv_freq") else dtype)
                for key, w in net.state_dict().items()}
-    files = {Path(folder, "config.json"): json.dumps(config, indent=1).encode(),
-             Path(folder, "model.safetensors"): safetensors.torch.save(weights, {"format": "pt"})}
-    if there := [str(path) for path in files if path.exists()]:
-        raise BadInput(f"{there[0]} exists; remove it or choose another folder")
-    for path, content in files.items():
-        write_whole(path, lambda file: file.write(content))
+    write_whole(stated, lambda file: file.write(json.dumps(config, indent=1).encode()))
+    save_file(weights, path, {"format": "pt"})
 
 
 def provenance(seed, device):
     """Where a figure comes from; paths in the command are relative."""
-    command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]),
-                     " ".join(["python", *sys.argv]))
+    command = " ".join(["python", *sys.argv])
+    command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), command)
     git = subprocess.run("git describe --always --exclude='*' --dirty=+dirty", shell=True,
                          cwd=Path(__file__).parent, capture_output=True, text=True)
-    cuda, threads = torch.device(device).type == "cuda", torch.get_num_threads()
+    cuda, cpu = torch.device(device).type == "cuda", f"{device}, {torch.get_num_threads()} threads"
     return {"command": command, "commit": git.stdout.strip() or "unknown", "seed": seed,
+            "device": torch.cuda.get_device_name(device) if cuda else cpu,
             "torch": str(torch.__version__),
-            "device": torch.cuda.get_device_name(device) if cuda else f"{device}, {threads} threads",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}

@@ -9,7 +9,6 @@ import glob
 import hashlib
 import json
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec                               # comes with torch
@@ -25,36 +24,31 @@ class BadInput(ValueError):
     """What the user gave cannot work; the scripts end with this sentence alone."""
 
 
-@contextmanager
-def or_else(sentence):
-    try:
-        yield
-    except Exception as error:              # whatever a library raises
-        raise BadInput(f"{sentence} ({type(error).__name__})") from None
-
-
 def get_tokenizer(spec):
     """spec: {"name": "gpt2"}, or {"name": "char", "chars": "..."}: word i is chars[i]."""
     if spec["name"] == "char":
-        words = {char.encode(): i for i, char in enumerate(spec["chars"])}
-        return tiktoken.Encoding("char", pat_str=r"[\s\S]", mergeable_ranks=words, special_tokens={})
-    with or_else(f"the tokenizer {spec['name']!r} cannot be loaded; use char or gpt2, and without a "
-                 "network set TIKTOKEN_CACHE_DIR"):
+        return tiktoken.Encoding("char", pat_str=r"[\s\S]", special_tokens={}, mergeable_ranks={
+            char.encode(): i for i, char in enumerate(spec["chars"])})
+    try:
         return tiktoken.get_encoding(spec["name"])
+    except Exception as error:              # unknown, or its word list is not on this machine yet
+        raise BadInput(f"tokenizer {spec['name']!r} gave {type(error).__name__}; use char or gpt2, "
+                       "and without a network set TIKTOKEN_CACHE_DIR") from None
 
 
 def encode(tokenizer, text):
     known = tokenizer.decode(range(tokenizer.n_vocab)) if tokenizer.name == "char" else text
     if unknown := sorted(set(text) - set(known)):
-        raise BadInput("leave out the characters that the training data does not have: "
-                       + " ".join(map(repr, unknown[:9])))
+        raise BadInput(f"leave out {unknown[:9]}: the training data has no such characters")
     return tokenizer.encode_ordinary(text)
 
 
 def read_text(path):
-    with or_else(f"{path} is no readable UTF-8 text; repair or drop it"), \
-            fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-        return file.read()
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+            return file.read()
+    except Exception as error:              # not UTF-8, not readable, a torn archive
+        raise BadInput(f"{path} is no readable UTF-8 text ({error}); repair or drop it") from None
 
 
 def find_documents(source):
@@ -65,14 +59,17 @@ def find_documents(source):
         return len(paths), lambda i, j: [read_text(path) for path in paths[i:j]], digests
     if not source or "*" in source or source.endswith((".txt", ".gz", ".xz")):
         raise BadInput(f"there is no text file at {source!r}; check --data")
-    with or_else(f"{source!r} is no text file, and no data set with a train split and a text column; "
-                 "without a network set HF_HOME to a cache or give a folder of save_to_disk"):
+    try:
         import datasets
         name, _, config = source.partition(":")
         found = datasets.load_from_disk(source) if os.path.isdir(source) else \
             datasets.load_dataset(name, config or None, split="train")
         found = (found["train"] if isinstance(found, dict) else found).select_columns("text")
-        return len(found), lambda i, j: found[i:j]["text"], [found._fingerprint]
+    except Exception as error:
+        raise BadInput(f"{source!r} as a data set with a train split and a text column gave "
+                       f"{type(error).__name__}; give a folder that save_to_disk wrote, or set "
+                       "HF_HOME to a cache that holds it") from None
+    return len(found), lambda i, j: found[i:j]["text"], [found._fingerprint]
 
 
 class TextData:
@@ -86,16 +83,49 @@ class TextData:
         path, record = Path(cache, key + ".bin"), Path(cache, key + ".json")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        state = json.loads(record.read_text()) if record.exists() else None
+        record.touch()
+        state = json.loads(record.read_text() or "null")     # empty: new, or killed while writing
         if not state or path.stat().st_size < 2 * state["tokens"]:    # nothing done, or it is lost
             state = {"spec": {"name": tokenizer}, "documents": 0, "tokens": 0, "val_start": 0}
             if tokenizer == "char":
                 state["spec"]["chars"] = "".join(sorted({"\n"}.union(*read(0, n))))
         self.block_size, self.spec, bpe = block_size, state["spec"], get_tokenizer(state["spec"])
         self.tokenizer, self.K = bpe, bpe.n_vocab
+        between = encode(bpe, "\n\n") if tokenizer == "char" else [bpe.eot_token]
         with open(path, "r+b") as file:
             file.seek(2 * state["tokens"])
             for i in tqdm(range(state["documents"], n, GROUP), "tokens", leave=False, disable=None):
-                for j, ids in enumerate(bpe.encode_ordinary_batch(read(i, i + GROUP)), i):
-                    if j:
-                        file.write(np.uint16(encode(bpe, "\n\n") if ... else [bpe.eot_token]))
+                rows = bpe.encode_ordinary_batch(read(i, i + GROUP))
+                for j, ids in enumerate(rows, i):
+                    file.write(np.uint16(between if j else []))
+                    if j == val_from:
+                        state["val_start"] = file.tell() // 2
+                    file.write(np.uint16(ids))
+                file.flush()
+                os.fsync(file.fileno())     # the tokens are safe before the record says so
+                state.update(documents=i + len(rows), tokens=file.tell() // 2)
+                record.write_text(json.dumps(state))
+        n = state["tokens"]
+        at = state["val_start"] or n - max(block_size, int(val_fraction * n))
+        if min(at, n - at) < block_size:
+            raise BadInput(f"{source} holds {n} tokens, too few to train and to validate on blocks "
+                           f"of {block_size}; give more text or smaller blocks")
+        self.train, self.val = np.split(np.memmap(path, np.uint16, "r", shape=n), [at])
+
+    def train_text(self, max_tokens=2 ** 26):
+        return self.tokenizer.decode(self.train[:max_tokens].tolist())
+
+    def blocks(self, tokens, start):                     # (B,) -> (B, L) int64, on the CPU
+        rows = tokens[start[:, None].numpy() + np.arange(self.block_size)]
+        return torch.from_numpy(rows.astype(np.int64))
+
+    def batch(self, split, B, rng):
+        tokens = getattr(self, split)
+        windows = len(tokens) - self.block_size + 1
+        return self.blocks(tokens, torch.randint(windows, (B,), generator=rng))
+
+    def val_blocks(self, n):
+        """The same n blocks every time, evenly spread; fewer where the text has fewer."""
+        whole = len(self.val) // self.block_size
+        n = min(n, whole)
+        return self.blocks(self.val, torch.arange(n) * whole // n * self.block_size)

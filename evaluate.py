@@ -45,11 +45,13 @@ MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
         "mauve seconds",
-    "laptop": "process model sampler passes bits_per_char entropy known_words seconds",
+    "laptop": "process model sampler steps passes bits_per_char entropy known_words",
     "novels": "process model sampler steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
-    "onepass": "data model latent steps gen_ppl_matched gen_ppl bits_per_char entropy distinct4",
+    "onepass": "model latent steps gen_ppl entropy bits_per_char known_words distinct4",
+    "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",
+    "updates": "update steps temperature gen_ppl_matched gen_ppl entropy known_words",
     "toy": "data process model latent passes validity js kl",
-    "bench_h200": "name process B L V median_ms authors_ms peak_gib tokens_per_s mfu"}
+    "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu recompilations"}
 SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share"}   # numbers, but no results
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
@@ -390,7 +392,8 @@ def plot(records, folder="assets"):
             bars = [[abs(r[y] - (end or r[y])) for end in r[y + "_ci"]] for r in line]
             ax.errorbar([r[x] for r in line], [r[y] for r in line], np.transpose(bars), marker="o",
                         ms=4, lw=1.3, elinewidth=0.8, capsize=2, color=color, label=label)
-            for r in line[-1:] if x == "entropy" else line * (not matched):
+            labelled = line[-1:] if x == "entropy" else line * (not matched and " idlm" in model)
+            for r in labelled:
                 ax.annotate(steps or f"{r['entropy']:.2f}", (r[x], r[y]), (5, 3), color=color,
                             fontsize=7, textcoords="offset points")
         ax.axhline(real[0]["gen_ppl"], color="black", ls="--", lw=1,
@@ -417,7 +420,7 @@ def short_table(out, process, device, seed):
     """What training ends with: temperature 1, and no judge that needs training."""
     spec = checkpoint.load(Path(out, "teacher.pt"))["tokenizer"]
     main(["--out", str(out), "--process", process, "--device", str(device), "--seed", str(seed),
-          "--temperatures", "1", "--ending", "greedy",
+          "--temperatures", "1", "--ending", "greedy", "--metrics", "bits_per_char", "known_words",
           "--judge", "ngram" if spec["name"] == "char" else "none"])
 
 

@@ -238,8 +238,9 @@ def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
 
 def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     """NELBO(f*) - NELBO(f) at z for the target G; what depends on G alone has cancelled:
-    c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log tbar_v / tbar_z) + K / tbar_z - K / fbar_z ],
-    tbar the teacher's."""
+    c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log tbar_v / tbar_z)
+        + K / tbar_z - K / fbar_z ]
+    with tbar the teacher's."""
     K, index = logits_g.shape[-1], z[:, None]
     xbar = K * a * upcast(logits_g).softmax(-1) + (1 - a)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)

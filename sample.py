@@ -4,7 +4,7 @@
     python sample.py --steps 16                        the generator, at most 16 network passes
     python sample.py --model teacher --steps 256       its teacher
     python sample.py --prompt "ROMEO:" --num_samples 4
-    python sample.py --prompt "ROMEO:{40}\nJULIET:"    {40}: 40 tokens for the model to fill in
+    python sample.py --prompt "ROMEO:{40}\\nJULIET:"   {40}: 40 tokens for the model to fill in
     python sample.py --steps 16 --watch                the masks fall away in the terminal
 
 A prompt stands where it is and is never changed; the model writes everything else of the block.
@@ -57,7 +57,7 @@ def parse_args(argv=None):
 def find_model(args):
     """The checkpoint to load: --init_from, the user's own run, or the one that is shipped."""
     own = Path(args.out or f"out/{args.process or 'mdlm'}", f"{args.model}.pt")
-    usual = (args.model, args.process or "mdlm", args.out) == ("idlm", "mdlm", None)
+    usual = args.model == "idlm" and args.process != "duo" and not args.out
     shipped = Path(__file__).with_name("assets") / "shakespeare"
     return args.init_from or (shipped if usual and shipped.exists() and not own.exists() else own)
 

@@ -3,7 +3,8 @@
 
     python toy.py                 assets/toy.png, assets/toy_gap.png, results/toy.json; 3 minutes
     python toy.py --theorem       the exact loss, minimised from three starts; half a minute
-    --seeds 0 1 2                 as in results/toy.json;  --exact: p*'s own denoiser is the teacher
+    --seeds 0 1 2                 as in results/toy.json: once so, and once with --exact, by which
+                                  p*'s own denoiser is the teacher
 
 A token has K = 50 values, so a text is a cell of a 50 x 50 plane and p* is a table. `law` sends the
 whole plane through the sampler, so p_theta is a table too, without sampling error; only a Gaussian
@@ -12,7 +13,9 @@ Jensen-Shannon divergence to p* (nats, <= 0.69); kl, KL(p_theta || p* with FLOOR
 least, its mass on the worst covered of eight parts of p* over p*'s mass there.
 
 Losses, noise and samplers are the project's own; the network is a smaller one. Generator and fake
-start as copies of a learned teacher, also under --exact.
+start as copies of a learned teacher, also under --exact; the uniform update is `marginal`. The fake
+is told t_tilde in the uniform process too: otherwise the levels of t_tilde may share out the modes
+among them, and only their mixture is p*.
 """
 import argparse
 import copy
@@ -38,15 +41,15 @@ K, B = 50, 512              # values of a token, texts per batch
 FLOOR = 1e-3                # the exact denoiser's p* spreads this much over the plane: finite logs
 DATA = "checkerboard", "two spirals", "eight modes"
 PROCESSES = {"masked": Masked(K + 1), "uniform": Uniform(K)}
-VARIANTS = {"masked": {"no latent": dict(latent_dim=0), "latent through zeros": dict(latent_scale=0.0),
-                       "no fake term": dict(use_fake=False)},
-            "uniform": {"no fake term": dict(use_fake=False), "soft update": dict(update="soft"),
-                        "hard update": dict(update="hard")}}
+VARIANTS = {"masked": {"no latent": {"latent_dim": 0}, "zero-init latent": {"latent_scale": 0.0},
+                       "no fake term": {"use_fake": False}},
+            "uniform": {"no fake term": {"use_fake": False}, "soft update": {"update": "soft"},
+                        "hard update": {"update": "hard"}}}
 
 
 def data_set(name):                                        # -> p* and the part of each cell: (K, K)
     i, j = torch.meshgrid(*[torch.arange(K).double() - (K - 1) / 2] * 2, indexing="ij")
-    r, angle, column, row = i.hypot(j), torch.atan2(j, i), (i * 4 / K).floor(), (j * 4 / K).floor()
+    r, angle, column, row = i.hypot(j), torch.atan2(j, i), (4 * i / K).floor(), (4 * j / K).floor()
     part = 4 * column + row + 10 if name == "checkerboard" else (angle * 4 / math.pi).round() % 8
     p = {"checkerboard": ((column + row) % 2 == 0).double(),
          "two spirals": (6 * (2 * angle - r / 1.6).cos() - 6).exp() * (r > 5) * (r < 24),
@@ -67,14 +70,15 @@ class PlaneNet(DiT):
     def __init__(self, config):
         super().__init__(config)
         D, H = config.width, 2 * config.width
-        self.mlp = nn.Sequential(nn.Linear(2 * D + config.cond_dim, H), nn.GELU(), nn.Linear(H, H),
-                                   nn.GELU(), nn.Linear(H, 2 * D), nn.GELU())
+        self.mlp = nn.Sequential(nn.Linear(2 * D + config.cond_dim, H), nn.GELU(),
+                                 nn.Linear(H, H), nn.GELU(), nn.Linear(H, 2 * D), nn.GELU())
 
     def hidden(self, x, sigma, z=None):
-        h = (self.vocab_embed(x) + (0 if z is None else self.latent_proj(z))) * self.config.width ** 0.5
-        levels = sigma.reshape(len(h), -1).T[:self.num_levels]           # t's, and t_tilde's told apart
+        h = self.vocab_embed(x) + (0 if z is None else self.latent_proj(z))
+        levels = sigma.reshape(len(h), -1).T[:self.num_levels]           # of t; of t_tilde, shifted
         cond = sum(self.sigma_map(level + 20 * k) for k, level in enumerate(levels))
-        return self.mlp(torch.cat([h.flatten(1), cond], 1)).unflatten(1, (2, -1))
+        h = torch.cat([h.flatten(1) * self.config.width ** 0.5, cond], 1)
+        return self.mlp(h).unflatten(1, (2, -1))
 
 
 def joint(P, x, a, process):                               # (K, K), (...), (...) -> (..., K)
@@ -93,13 +97,13 @@ class Exact(nn.Module):
         super().__init__()
         self.p, self.process = floored(p).float(), process
 
-    def forward(self, x, sigma, z=None):                   # masked: sigma is 0, and any a will do
-        sigma = sigma.reshape(len(sigma), -1)[:, 0]
-        a = (-sigma).exp() if isinstance(self.process, Uniform) else torch.full_like(sigma, 0.5)
+    def forward(self, x, sigma, z=None):
+        a = (-sigma.reshape(len(sigma), -1)[:, :1]).exp()
+        if isinstance(self.process, Masked):               # sigma is 0, and the rows depend on no a
+            a = a / 2
         weights, ids = x if isinstance(x, tuple) else (torch.ones(len(x), 2, 1), x[..., None])
-        rows = [weights[:, l, None] @ joint(P, ids[:, l], a[:, None], self.process)
-                for l, P in ((1, self.p.T), (0, self.p))]
-        return torch.cat(rows, 1).log()
+        return torch.cat([weights[:, l, None] @ joint(P, ids[:, l], a, self.process)
+                          for l, P in ((1, self.p.T), (0, self.p))], 1).log()
 
     hidden = forward
 
@@ -115,8 +119,9 @@ def kl(p, q):
 def scores(P, p, part):
     mass, share = (torch.zeros(16).double().index_add_(0, part.flatten(), (q * (p > 0)).flatten())
                    for q in (P, p))
-    return {"validity": mass.sum().item(), "js": (kl(P, (P + p) / 2) + kl(p, (P + p) / 2)).item() / 2,
-            "kl": kl(P, floored(p)).item(), "least": (mass / share)[share > 0].min().item()}
+    found = {"validity": mass.sum(), "js": (kl(P, (P + p) / 2) + kl(p, (P + p) / 2)) / 2,
+             "kl": kl(P, floored(p)), "least": (mass / share)[share > 0].min()}
+    return {key: round(value.item(), 6) for key, value in found.items()}
 
 
 @torch.no_grad()
@@ -132,7 +137,8 @@ def law(net, process, steps, rng, draws=2 ** 15):          # -> p_theta (K, K), 
         x = x[(x == K).any(1)] if masked else x            # what holds no [MASK] stays as it is
         copies = draws // len(x) if net.config.latent_dim else 1
         weight, x = P[x[:, 0], x[:, 1]].repeat(copies) / copies, x.repeat(copies, 1)
-        eps = Latent(x, process.sigma(t[:1]).float().expand(len(x)), gaussian_latent(net, x, K, rng))
+        sigma = process.sigma(t[:1]).float().expand(len(x))
+        eps = Latent(x, sigma, gaussian_latent(net, x, K, rng))
         rows = generate_probs(net, process, eps).double()
         if masked:
             reveal = torch.where(x == K, (alpha_s - alpha_t) / (1 - alpha_t), 1)[..., None]
@@ -144,14 +150,14 @@ def law(net, process, steps, rng, draws=2 ** 15):          # -> p_theta (K, K), 
 
 
 def exact_gap(P, p, process, fake=None, nodes=24):
-    """The IDLM loss of the law P, nats per text, all texts and noises summed: the best denoiser of p
-    is the teacher, that of P (or of `fake`) the fake. It is KL(P || p) less the KL of both laws at
-    t = 1, so never negative, and 0 for P = p alone."""
+    """The IDLM loss of the law P, nats per text, all texts and noises summed: the best denoiser of
+    p is the teacher, that of P (or of `fake`) the fake. It is KL(P || p) less the KL of both laws
+    at t = 1, so never negative, and 0 for P = p alone."""
     total, x = 0, torch.arange(process.vocab_size)
     for u, w in zip(*numpy.polynomial.legendre.leggauss(nodes)):
         t = torch.tensor([(1 + u) / 2]).double() ** 4      # more nodes where t is small
         a, slope = process.alpha(t)
-        for turn in (torch.clone, torch.t):                # one token given the other, and vice versa
+        for turn in (torch.clone, torch.t):                # one token given the other; vice versa
             laws = [joint(turn(q), x, a, process) for q in (P, P if fake is None else fake, p)]
             G, f, f_star = (q.clamp(min=1e-30).log() for q in laws)
             gap = losses.marginal_gap(G, f, f_star, None, a[:, None], slope[:, None]) \
@@ -168,80 +174,88 @@ def step(loss, optimizer, lr):
     optimizer.step()
 
 
-def theorem():
-    """Descend from three starts, with the IDLM loss and with NELBO(f*) alone (a flat, fixed fake)."""
+def theorem(updates=600):
+    """Descend from three starts, by the IDLM loss and by NELBO(f*) alone (a flat, fixed fake)."""
+    torch.manual_seed(0)
     p, part = data_set("eight modes")
-    starts = {"flat": 0 * p, "one mode": ((part == 0) * p + 1e-9).log(), "random": torch.randn(K, K)}
+    starts = {"flat": 0 * p, "mode 0": ((part == 0) * p + 1e-9).log(), "noise": torch.randn(K, K)}
     for (name, process), fake in product(PROCESSES.items(), (None, torch.ones_like(p))):
         for start, logits in starts.items():
-            logits, before = logits.double().clone().requires_grad_(), None
+            logits, seen = logits.double().clone().requires_grad_(), []
             optimizer = torch.optim.Adam([logits])
-            for i in range(601):
+            for i in range(updates + 1):
                 P = logits.flatten().softmax(0).view(K, K)
-                before = kl(P, floored(p)).item() if i == 0 else before
+                seen.append(kl(P, floored(p)).item())
                 step(exact_gap(P, floored(p), process, fake, nodes=6), optimizer, 0.3)
-            cells = (-torch.xlogy(P, P).sum()).exp().item()
-            mass = " ".join(f"{P[part == k].sum():.2f}" for k in range(8))
-            print(f"{name:8}{'IDLM loss' if fake is None else 'no fake term':13} from {start:9}"
-                  f"KL {before:.3f} -> {kl(P, floored(p)):.5f}, {cells:3.0f} cells, modes {mass}", flush=True)
+            cells, mass = (-torch.xlogy(P, P).sum()).exp(), [P[part == k].sum() for k in range(8)]
+            print(f"{name:8}{'IDLM loss' if fake is None else 'no fake term':13} from {start:6} "
+                  f" KL {seen[0]:.3f} -> {seen[-1]:.5f}  on {cells:3.0f} cells  modes",
+                  *[f"{m:.2f}" for m in mass], flush=True)
 
 
 def train_teacher(p, process, rng, updates):
-    net = PlaneNet(ModelConfig(process.vocab_size, num_layers=0, num_heads=1, width=64, cond_dim=64))
+    V = process.vocab_size
+    net = PlaneNet(ModelConfig(V, num_layers=0, num_heads=1, width=64, cond_dim=64))
     optimizer = torch.optim.Adam(net.parameters())
     for i in range(updates):
         loss = duo_loss if isinstance(process, Uniform) else mdlm_loss
-        step(loss(net, process, draw_texts(p, 2 * B, rng), rng), optimizer, 3e-3 * min(1, 2 - 2 * i / updates))
+        step(loss(net, process, draw_texts(p, 2 * B, rng), rng), optimizer,
+             3e-3 * min(1, 2 - 2 * i / updates))
     return net
 
 
 def idlm(start, teacher, p, process, rng, updates, share=1.0, latent_dim=8, latent_scale=1.0,
          use_fake=True, update="marginal", curve=None):
-    """Alternate fake and generator steps; both networks begin as copies of `start`.
+    """Alternate fake and generator steps from copies of `start`; the generator's running mean.
 
-    share: of the texts, those with t_tilde = 1, all that one pass will meet; else t_tilde is uniform.
+    share: of texts with t_tilde = 1, which is all that one pass meets; the others' is uniform.
     """
-    masked = isinstance(process, Masked)
-    config = replace(start.config, latent_dim=latent_dim * masked, latent_scale=latent_scale)
-    generator = PlaneNet(config)
+    masked, latent_dim = isinstance(process, Masked), latent_dim * isinstance(process, Masked)
+    generator = PlaneNet(replace(start.config, latent_dim=latent_dim, latent_scale=latent_scale))
     generator.load_state_dict(start.state_dict(), strict=False)
+    mean = copy.deepcopy(generator)
     fake = copy.deepcopy(start) if use_fake else Exact(torch.ones(K, K), process)
     fake.num_levels = 1 if masked else 2
-    fake_loss, generator_loss = (losses.masked_fake_loss, losses.masked_generator_loss) if masked else \
-        {"marginal": (losses.uniform_fake_loss, losses.uniform_generator_loss),
-         "hard": (losses.uniform_fake_loss, partial(losses.uniform_generator_loss, gap=losses.hard_gap)),
-         "soft": (losses.soft_fake_loss, losses.soft_generator_loss)}[update]
+    fake_loss, generator_loss = losses.uniform_fake_loss, losses.uniform_generator_loss
+    if masked:
+        fake_loss, generator_loss = losses.masked_fake_loss, losses.masked_generator_loss
+    elif update == "soft":
+        fake_loss, generator_loss = losses.soft_fake_loss, losses.soft_generator_loss
+    elif update == "hard":
+        generator_loss = partial(generator_loss, gap=losses.hard_gap)
 
-    def draw():                                            # eps, the second noise, what the fake is told
-        t = stratified_times(B, rng)
+    def draw():                                            # the losses' arguments eps ... sigma
+        t, x_0 = stratified_times(B, rng), draw_texts(p, B, rng)
         t_tilde = torch.where(torch.rand(B, generator=rng) < share, 1, torch.rand(B, generator=rng))
-        eps = draw_latent(generator, process, draw_texts(p, B, rng), t_tilde, rng, soft=update == "soft")
+        eps = draw_latent(generator, process, x_0, t_tilde, rng, soft=update == "soft")
         told = -process.alpha(t_tilde)[0].log()
         if masked:
             return eps, process.draw_mask(t, 2, rng), process.weight(t), told
         noise = process.gaussian(t) if update == "soft" else \
-            (*process.draw_noise(t, 2, rng), *process.alpha(t))           # ends with alpha_t and slope
+            (*process.draw_noise(t, 2, rng), *process.alpha(t))        # ends with alpha_t and slope
         return eps, *noise, torch.stack([-noise[2].log(), told], 1)
 
     optimizer = torch.optim.Adam(generator.parameters(), betas=(0.5, 0.99))
-    if use_fake:
-        optimizer_fake = torch.optim.Adam(fake.parameters(), betas=(0.5, 0.99))
+    fake_optimizer = torch.optim.Adam(fake.parameters(), betas=(0.5, 0.99)) if use_fake else None
     gaps = []
     for i in range(updates):
+        decay = min(1, 2 - 2 * i / updates)
         if use_fake:
-            step(fake_loss(generator, fake, *draw(), K, rng), optimizer_fake, 4e-3)
+            step(fake_loss(generator, fake, *draw(), K, rng), fake_optimizer, 4e-3 * decay ** 0.5)
         gap = generator_loss(generator, fake, teacher, *draw(), *[torch.zeros(B)] * masked, K, rng)
-        step(gap, optimizer, 1e-3 * min(1, i / 20, 2 - 2 * i / updates))
+        step(gap, optimizer, 1e-3 * min(i / 20, decay))
+        for average, new in zip(mean.parameters(), generator.parameters()):
+            average.data.lerp_(new.data, max(5 / updates, 1 / (i + 1)))
         gaps.append(2 * gap.item())                        # per text, not per token
         if curve is not None and i % 20 == 19:
             P = law(generator, process, 1, rng, 2 ** 13)
             curve.append((i + 1, kl(P, floored(p)).item(),
                           exact_gap(P, floored(p), process).item(), sum(gaps[-20:]) / 20))
-    return generator
+    return mean
 
 
 def run(data, name, seed, exact, updates):
-    """A data set under a process: {(model, passes): (p_theta, record)} and, for eight modes, a curve."""
+    """Train on a data set: {(model, passes): (p_theta, record)} and the eight modes' curve."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     rng, process, (p, part) = torch.Generator().manual_seed(seed), PROCESSES[name], data_set(data)
@@ -259,8 +273,9 @@ def run(data, name, seed, exact, updates):
     teacher = Exact(p, process) if exact else learned
     note(teacher, "teacher", 1, 4, 50)
     distil = partial(idlm, learned, teacher, p, process, rng)
-    note(distil(updates, share=0.5), "IDLM", 1, 2, 4)
-    if data == "eight modes":
+    note(distil(updates), "IDLM", 1)
+    note(distil(updates, share=0.5), "IDLM", 2, 4)
+    if data == "eight modes" and not exact:
         for variant, change in VARIANTS[name].items():
             note(distil(updates // 3, **change), variant, 1)
         idlm(learned, Exact(p, process), p, process, rng, updates, curve=curve)
@@ -271,7 +286,7 @@ def draw_figures(results, folder):                         # {(data, process): r
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    columns = [("data", 0), ("teacher", 1), ("teacher", 4), ("teacher", 50), ("IDLM", 1), ("IDLM", 2)]
+    columns = ["data", 0], ["teacher", 1], ["teacher", 4], ["teacher", 50], ["IDLM", 1], ["IDLM", 2]
     rows = [[(data, name, *column) for column in columns] for data in DATA for name in PROCESSES]
     rows.append([("eight modes", name, model, 1) for name in PROCESSES for model in VARIANTS[name]])
     figure, axes = plt.subplots(len(rows), 6, figsize=(11, 14), layout="constrained")
@@ -280,8 +295,8 @@ def draw_figures(results, folder):                         # {(data, process): r
         for axis, (data, name, model, passes) in zip(axes[row], cells):
             p = data_set(data)[0]
             P, record = results[data, name][0].get((model, passes), (p, None))
-            # Roots, so that stray mass shows; one scale for a data set.
-            axis.imshow(P.T.sqrt(), origin="lower", cmap="magma", vmin=0, vmax=p.max() ** 0.5)
+            P, top = P.T.sqrt().numpy(), p.max() ** 0.5    # roots, so that stray mass shows
+            axis.imshow(P, origin="lower", cmap="magma", vmin=0, vmax=top)
             label = "valid {validity:.1%}, JS {js:.3f}".format(**record) if record else "p*"
             axis.set(xticks=[], yticks=[], xlabel=label)
             if row in (0, 6):
@@ -305,30 +320,29 @@ def draw_figures(results, folder):                         # {(data, process): r
 
 def main():
     parser = argparse.ArgumentParser(description="The method on texts of two tokens.")
-    parser.add_argument("--theorem", action="store_true", help="minimise the exact loss; no networks")
-    parser.add_argument("--exact", action="store_true", help="p*'s own denoiser as teacher; figures to out/")
+    parser.add_argument("--theorem", action="store_true", help="minimise the exact loss")
+    parser.add_argument("--exact", action="store_true", help="teacher: p*'s denoiser; no figures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="figures: of the first")
-    parser.add_argument("--updates", type=int, help="of the generator (800; with --exact 2500)")
+    parser.add_argument("--updates", type=int, help="of the generator (600; with --exact 1500)")
     args = parser.parse_args()
     if args.theorem:
         return theorem()
     here, cases = Path(__file__).parent, list(product(reversed(DATA), PROCESSES))
-    path, folder = here / "results" / "toy.json", here / ("out" if args.exact else "assets")
-    folder.mkdir(exist_ok=True)
+    path = here / "results" / "toy.json"
+    updates = args.updates or (1500 if args.exact else 600)
     for seed in args.seeds:
-        tasks = [(*case, seed, args.exact, args.updates or (2500 if args.exact else 800)) for case in cases]
+        tasks, results, new = [(*case, seed, args.exact, updates) for case in cases], {}, []
         with ProcessPoolExecutor(2) as pool:
-            results = dict(zip(cases, pool.map(run, *zip(*tasks))))
-        new = [record for found, _ in results.values() for _, record in found.values()]
-        for record in new:
-            print("{data:13}{process:8}{model:21}{passes:3} passes  validity {validity:.4f}  js {js:.4f}"
-                  "  kl {kl:.4f}  least {least:.2f}".format(**record))
+            for case, results[case] in zip(cases, pool.map(run, *zip(*tasks))):
+                for _, record in results[case][0].values():
+                    print("{data:13}{process:8}{model:16}{passes:3} passes  valid {validity:.4f} "
+                          " js {js:.4f}  kl {kl:.4f}  least {least:.2f}".format(**record))
+                    new.append({**record, **provenance(seed, "cpu")})
         old = json.loads(path.read_text()) if path.exists() else []
         old = [r for r in old if (r["teacher"], r["seed"]) != (new[0]["teacher"], seed)]
-        lines = [json.dumps(r) for r in old + [{**r, **provenance(seed, "cpu")} for r in new]]
-        path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-        if seed == args.seeds[0]:
-            draw_figures(results, folder)
+        path.write_text("[\n" + ",\n".join(json.dumps(r) for r in old + new) + "\n]\n")
+        if seed == args.seeds[0] and not args.exact:
+            draw_figures(results, here / "assets")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import checkpoint
 import idlm_loss
@@ -43,13 +44,13 @@ from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
 # A flag goes before the preset's entry for the stage, and that before the preset's general one.
 PRESETS = {
-    # 2 CPU cores: about 9 minutes for everything. Characters of Shakespeare.
+    # 2 CPU cores: some minutes for everything. Characters of Shakespeare.
     "laptop": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x128", dropout=0.0,
-        batch_size=64, micro_batch=64, ema=0.999, warmup=100, beta2=0.95, save_every=1000,
-        teacher=dict(updates=2000, lr=2e-3), judge=dict(updates=1500, lr=2e-3),
-        dcd=dict(updates=500, lr=3e-4, batch_size=32),
-        idlm=dict(updates=1100, lr=1e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20)),
+        batch_size=64, micro_batch=64, ema=0.999, warmup=100, beta2=0.95, save_every=600,
+        teacher=dict(updates=1200, lr=2e-3), judge=dict(updates=600, lr=2e-3),
+        dcd=dict(updates=300, lr=3e-4, batch_size=32),
+        idlm=dict(updates=700, lr=1e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20)),
     # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384", dropout=0.1,
@@ -160,6 +161,9 @@ def settings_of(args, stage):
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.weights = torch.float64 if s.dtype == "float64" else torch.float32
+    # No cache: before torch 2.13 a weight first cast under no_grad stays without gradient in it.
+    s.autocast = torch.autocast(s.device.type, dtype=torch.bfloat16, cache_enabled=False,
+                                enabled=s.dtype == "bfloat16")
     return s
 
 
@@ -168,14 +172,6 @@ def key_of(s, step, part=0, micro=0):
     key = (s.seed * 4 + ALL_STAGES.index(s.stage)) * 10 ** 7 + step
     return ((key * 16 + part) * 4096 + micro) % 2 ** 63
 
-
-def autocast(s):
-    # No cache: before torch 2.13 a weight first cast under no_grad stays without gradient in it.
-    return torch.autocast(s.device.type, dtype=torch.bfloat16, enabled=s.dtype == "bfloat16",
-                          cache_enabled=False)
-
-
-# ---- one network and its updates ----------------------------------------------------------------
 
 class Trainee:
     """A network with its optimiser, schedule and averaged weights."""
@@ -189,17 +185,18 @@ class Trainee:
     def update(self, step, part, loss_of):
         """One optimiser update: loss_of(m, M) over the micro-batches of this process, gradients
         averaged over all processes and clipped. Returns mean loss and gradient norm."""
-        s, total = self.s, torch.zeros((), device=self.s.device)
-        M = s.batch_size // s.micro_batch
+        s, total, M = self.s, 0.0, self.s.batch_size // self.s.micro_batch
         for m in range(s.rank, M, s.world):
             torch.manual_seed(-key_of(s, step, part, m))   # dropout; seeds of `batch` are positive
-            with autocast(s):
+            with s.autocast:
                 loss = loss_of(m, M) / M
             loss.backward()
             total += loss.detach()
         if s.world > 1:                  # once, after the last micro-batch: what DDP's no_sync does
-            for x in [total, *(p.grad for p in self.net.parameters() if p.grad is not None)]:
-                dist.all_reduce(x)
+            shares = [total, *(p.grad for p in self.net.parameters() if p.grad is not None)]
+            sums = parameters_to_vector(shares)
+            dist.all_reduce(sums)
+            vector_to_parameters(sums, shares)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
         # linear warm-up, then a cosine to a tenth
         factor = 0.55 + 0.45 * math.cos(math.pi * min(1, step / s.updates))
@@ -273,12 +270,10 @@ def run_stage(args, stage, data):
     path = s.out / f"{stage}.pt"
     saved = checkpoint.load(path) if path.exists() else None
     start = saved["step"] if saved else 0
-    if saved and start >= saved["updates"]:
-        if args.stage:
-            raise BadInput(f"{path} is finished: delete it, or choose another folder with --out")
+    if saved and start >= saved["updates"] and not args.stage:
         return print(f"{path} is finished: kept")
-    if saved and not (s.resume and start < s.updates):
-        raise BadInput(f"{path} is at step {start} of {saved['updates']}: add --resume to go on, "
+    if saved and not (s.resume and start < min(s.updates, saved["updates"])):
+        raise BadInput(f"{path} is at step {start} of {saved['updates']}: finish it with --resume, "
                        "or choose another folder with --out")
     meta = dict(process="ar" if stage == "judge" else s.process, tokenizer=data.spec, stage=stage,
                 block_size=s.block_size, data=str(s.data), latent=s.latent, updates=s.updates)
@@ -290,7 +285,8 @@ def run_stage(args, stage, data):
         teacher, meta["teacher"] = load_teacher(s, data, saved)
         latent_dim = LATENT_DIM if stage == "idlm" and s.latent == "gaussian" else 0
         config = replace(teacher.config, latent_dim=latent_dim, dropout=s.dropout)
-    if saved and saved["config"] != asdict(config):
+    meta |= {"config": asdict(config), "args": {k: str(v) for k, v in vars(s).items()}}
+    if saved and saved["config"] != meta["config"]:
         raise BadInput(f"{path} holds a network of another shape, {saved['config']}: repeat its "
                        "flags, or choose another folder with --out")
     torch.manual_seed(s.seed)
@@ -315,12 +311,6 @@ def run_stage(args, stage, data):
         torch._dynamo.config.cache_size_limit = 64       # one function, many formulas
         for network in filter(None, (net, fake, teacher)):
             network.compile_trunk()
-
-    def save(step):
-        parts = kept if step < s.updates else {"ema": main.ema}        # finished: no optimiser
-        checkpoint.save(path, meta | checkpoint.provenance(s.seed, s.device) | {
-            "config": asdict(config), "step": step, "args": {k: str(v) for k, v in vars(s).items()},
-            **{name: part.state_dict() for name, part in parts.items()}})
 
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
@@ -361,7 +351,9 @@ def run_stage(args, stage, data):
             report(s, step, rows, time.time() - clock)
             rows, clock = [], time.time()
         if due and s.rank == 0:
-            save(step)
+            parts = kept if step < s.updates else {"ema": main.ema}    # finished: no optimiser
+            checkpoint.save(path, meta | checkpoint.provenance(s.seed, s.device) | {"step": step} |
+                            {name: part.state_dict() for name, part in parts.items()})
             show(s, step, process, main.ema, data)
             clock = time.time()
     if s.world > 1:
@@ -373,7 +365,7 @@ def show(s, step, process, net, data):
     """Held-out loss, with draws that are the same at every call, and a text on the screen. Both
     have their own generators: looking does not disturb training."""
     rng = torch.Generator().manual_seed(0)
-    with autocast(s):
+    with s.autocast:
         if s.stage in ("teacher", "judge"):
             loss = plain_loss(s, s.updates, process, net, None, data.val_blocks(2 * s.micro_batch),
                               None, None, rng).item()
@@ -421,7 +413,10 @@ def main(argv=None):
         print(f"{(time.time() - began) / 60:.1f} minutes so far", flush=True)
     if not args.stage and s.rank == 0:
         import evaluate
+        import sample as writer
         evaluate.short_table(args.out, args.process, args.device, args.seed)
+        writer.main(["--out", str(args.out), "--process", args.process, "--num_samples", "2",
+                     "--device", str(args.device)])
         print(f"{(time.time() - began) / 60:.1f} minutes in all. Next: python sample.py --steps 16")
     if s.world > 1:
         dist.destroy_process_group()

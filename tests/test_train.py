@@ -1,0 +1,680 @@
+"""train.py: its stages, seeds, interruptions, several processes, and what it refuses.
+
+    python -m pytest -q tests/test_train.py
+"""
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import evaluate
+import train
+from data import BadInput
+from teacher import EPS
+
+ROOT = Path(train.__file__).parent
+WORDS = "the king and queen of a land went to see one good man in his old red house".split()
+# Dropout and accumulation are on, steps are large: what goes wrong in them shows in the weights.
+TINY = dict(data="text.txt", tokenizer="char", block_size=16, size="2x2x16", dropout=0.1,
+            batch_size=8, micro_batch=4, ema=0.9, warmup=2, beta2=0.95, save_every=3,
+            teacher=dict(updates=4, lr=1e-2), dcd=dict(updates=4, lr=1e-2),
+            idlm=dict(updates=4, lr=1e-2, fake_lr=2e-2), judge=dict(updates=4, lr=1e-2))
+SEEDS = torch.Generator().manual_seed(0)
+TEXT = " ".join(WORDS[i] for i in torch.randint(len(WORDS), (800,), generator=SEEDS))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder with a text of some kB; global switches as they were."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.PRESETS, "tiny", dict(TINY))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+def run(flags=""):
+    train.main(["--preset", "tiny", "--no-compile", "--dtype", "float32", "--device", "cpu",
+                *flags.split()])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder of each process with a finished teacher (and DCD student)."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(train.PRESETS, "tiny", dict(TINY))
+        run("--stage teacher")
+        run("--process duo --stage teacher")
+        run("--process duo --stage dcd")
+    return folder / "out"
+
+
+@pytest.fixture
+def teachers(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "out")
+
+
+def load(name):
+    return checkpoint.load(f"out/{name}.pt")
+
+
+def assert_same(a, b, path=""):
+    """Nested dicts and lists of tensors and values, equal bit for bit."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{path}/{i}")
+    else:
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b, path
+
+
+NETS = "ema", "main", "main_optimizer", "fake", "fake_optimizer", "round_teacher"
+
+
+def nets_of(state):
+    return {key: state[key] for key in NETS if key in state}
+
+
+def distance(a, b):
+    return max((a[key] - b[key]).abs().max().item() for key in a)
+
+
+def capture_saves(monkeypatch):
+    """-> a dict step -> what was saved at it, of the last stage that runs."""
+    saves, save = {}, checkpoint.save
+
+    def spy(path, state):
+        save(path, state)
+        saves[state["step"]] = checkpoint.load(path)
+
+    monkeypatch.setattr(checkpoint, "save", spy)
+    return saves
+
+
+class Killed(Exception):
+    """Stands for a power cut."""
+
+
+def kill_after(monkeypatch, step):
+    report = train.report
+
+    def dying(s, at, *args):
+        report(s, at, *args)
+        if at == step:
+            raise Killed
+    monkeypatch.setattr(train, "report", dying)
+
+
+# ---- stages -------------------------------------------------------------------------------------
+
+STAGES = ["--stage teacher", "--stage idlm", "--stage idlm --latent gaussian",
+          "--stage idlm --pairing matched --fake_updates 2", "--stage judge",
+          "--process duo --stage teacher", "--process duo --stage dcd",
+          "--process duo --stage idlm", "--process duo --stage idlm --uniform_update marginal",
+          "--process duo --stage idlm --uniform_update soft",
+          "--process duo --stage idlm --init_from out/duo/teacher.pt",
+          "--process duo --stage judge"]
+
+
+@pytest.mark.parametrize("flags", STAGES)
+def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
+    args = train.parse_args(flags.split())
+    path, teacher = args.out / f"{args.stage}.pt", args.init_from or args.out / (
+        "dcd.pt" if args.process == "duo" and args.stage == "idlm" else "teacher.pt")
+    path.unlink(missing_ok=True)
+    before = {file: file.read_bytes() for file in Path("out").rglob("*.pt")}
+    (args.out / "log.jsonl").unlink(missing_ok=True)
+    run(flags)
+    assert {file: file.read_bytes() for file in before} == before        # no teacher was touched
+    net, meta = checkpoint.load_network(path, "cpu")
+    is_a = "ar" if args.stage == "judge" else args.process
+    assert (meta["step"], meta["updates"], meta["stage"], meta["process"], meta["block_size"]) == \
+        (4, 4, args.stage, is_a, 16)
+    assert net.config.causal == (is_a == "ar") and net.config.dropout == 0.1
+    assert net.config.latent_dim == (train.LATENT_DIM if args.latent == "gaussian" else 0)
+    assert all(p.isfinite().all() for p in net.parameters())
+    if args.stage in ("dcd", "idlm"):        # it starts from the teacher and goes some way
+        assert meta["teacher"] == str(teacher)
+        old = checkpoint.load(teacher)["ema"]
+        assert 1e-3 < distance(old, net.state_dict()) < 0.5
+    assert "main" not in checkpoint.load(path)                 # finished: no optimiser is kept
+    log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+    names = {"teacher": {"nelbo"}, "judge": {"nll"}, "dcd": {"kl"},
+             "idlm": {"gap", "fake", "fake_grad"}}[args.stage] | {"grad", "stage", "step", "ms"}
+    assert [line["step"] for line in log] == [1, 2, 3, 4] and all(set(x) == names for x in log)
+    out = capsys.readouterr().out
+    assert ("held-out loss" in out) == (args.stage in ("teacher", "judge"))
+    assert ("a text in" in out) == (args.stage != "judge")
+
+
+@pytest.mark.parametrize("process, stages", [("mdlm", ["teacher", "idlm"]),
+                                             ("duo", ["teacher", "dcd", "idlm"])])
+def test_default_runs_what_is_missing(process, stages, monkeypatch, capsys):
+    tables = []
+    monkeypatch.setattr(evaluate, "short_table", lambda *args: tables.append(args))
+    run(f"--process {process} --stage teacher")
+    run(f"--process {process}")
+    log = [json.loads(line) for line in Path(f"out/{process}/log.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in log] == [stage for stage in stages for _ in range(4)]
+    assert load(f"{process}/idlm")["teacher"] == f"out/{process}/{stages[-2]}.pt"
+    assert tables == [(Path(f"out/{process}"), process, torch.device("cpu"), 1)]
+    out = capsys.readouterr().out
+    assert out.count(f"out/{process}/teacher.pt is finished: kept") == 1
+    assert " passes, " in out.split("minutes so far")[-1] and f"out/{process}/idlm.pt" in out
+    run(f"--process {process}")
+    assert capsys.readouterr().out.count("is finished: kept") == len(stages)
+
+
+@pytest.mark.parametrize("process, share", [("mdlm", 1 / 4), ("duo", 3 / 5)])
+def test_tiny_overfit(process, share, monkeypatch):
+    """One sentence over and over: the bound falls from log K nats per token, the flat
+    distribution's and a new network's, to a quarter (masked; measured: 0.15) or to three fifths
+    (uniform, which has also to see which tokens are noise; measured: 0.44)."""
+    Path("text.txt").write_text("the cat sat. " * 300)
+    monkeypatch.setitem(train.PRESETS["tiny"], "save_every", 1000)
+    run(f"--process {process} --stage teacher --updates 150 --batch_size 32 --micro_batch 32 "
+        "--size 2x4x32 --block_size 24 --dropout 0 --lr 5e-3")
+    log = [json.loads(line) for line in Path(f"out/{process}/log.jsonl").read_text().splitlines()]
+    K = len(load(f"{process}/teacher")["tokenizer"]["chars"])
+    assert 0.8 < log[0]["nelbo"] / math.log(K) < 1.3
+    assert sum(line["nelbo"] for line in log[-3:]) / 3 < share * math.log(K)
+
+
+# ---- the flow of one stage ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", ["", "--latent gaussian", "--process duo",
+                                   "--process duo --uniform_update soft"])
+def test_who_learns(flags, teachers, monkeypatch):
+    """Fake and generator start as the teacher; each step moves its own network and no other."""
+    calls, inner = [], train.idlm_step
+
+    def spy(which, s, process, net, fake, teacher, *batch):
+        calls.append((which, net, fake, teacher, *(
+            {key: x.clone() for key, x in n.state_dict().items()} for n in (net, fake, teacher))))
+        assert not any(p.requires_grad for p in teacher.parameters())
+        assert all(p.requires_grad == (which == "fake") for p in fake.parameters())
+        assert (net.training, fake.training, teacher.training) == (True, which == "fake", False)
+        loss = inner(which, s, process, net, fake, teacher, *batch)
+        assert loss.requires_grad
+        return loss
+
+    monkeypatch.setattr(train, "idlm_step", spy)
+    run("--stage idlm --updates 3 --micro_batch 8 --fake_updates 2 " + flags)
+    assert [call[0] for call in calls] == ["fake", "fake", "generator"] * 3
+    net, fake, teacher = ({key: x for key, x in state.items() if key != "latent_proj.weight"}
+                          for state in calls[0][4:])
+    assert_same(fake, teacher)
+    assert_same(net, teacher)
+    name = "duo/dcd" if "duo" in flags else "mdlm/teacher"
+    assert_same(teacher, load(name)["ema"])
+    for now, then in zip(calls, calls[1:]):
+        moved = [distance(a, b) > 0 for a, b in zip(now[4:], then[4:])]
+        assert moved == [now[0] == "generator", now[0] == "fake", False]
+
+
+def recorded_batches(monkeypatch, flags):
+    """What the losses saw: a list of (which, x_0, t, t_tilde, seed of the noise, of dropout)."""
+    seen, plain, idlm = [], train.plain_loss, train.idlm_step
+
+    def spy_plain(*args):
+        if args[5] is not None and args[6] is not None:        # not the held-out loss of `show`
+            seen.append(("", *args[5:8], args[8].initial_seed(), torch.initial_seed()))
+        return plain(*args)
+
+    def spy_idlm(which, *args):
+        seen.append((which, *args[5:8], args[8].initial_seed(), torch.initial_seed()))
+        return idlm(which, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "plain_loss", spy_plain)
+        patch.setattr(train, "idlm_step", spy_idlm)
+        run(flags)
+    shutil.rmtree("out")
+    return seen
+
+
+@pytest.mark.parametrize("flags", ["--stage teacher", "--stage idlm"])
+def test_micro_batches_are_parts_of_one_batch(flags, finished, monkeypatch):
+    """M passes see, interleaved, the texts and times that one pass sees, whatever M."""
+    def batches(micro_batch):
+        if "idlm" in flags:
+            shutil.copytree(finished, "out")
+        return recorded_batches(monkeypatch, f"{flags} --updates 2 --micro_batch {micro_batch}")
+    whole, parts = batches(8), batches(2)
+    assert len(parts) == 4 * len(whole) and len(whole) == (4 if "idlm" in flags else 2)
+    for i, (which, *batch) in enumerate(whole):
+        for m, part in enumerate(parts[4 * i:4 * i + 4]):
+            assert part[0] == which
+            assert all(torch.equal(x[m::4], y) for x, y in zip(batch[:3], part[1:4]))
+    texts = [batch[1] for batch in whole]                      # every update draws anew,
+    assert not any(torch.equal(a, b) for i, a in enumerate(texts) for b in texts[:i])
+    seeds = [seed for part in parts for seed in part[4:]]      # every pass its noise and dropout
+    assert len(set(seeds)) == len(seeds) == 2 * len(parts)
+
+
+def test_times(finished, monkeypatch):
+    """t is stratified; matched: t_tilde comes from the slice of t; independent: from any. Gaussian
+    latent: half of the texts start at t_tilde = 1.
+
+    Of 256 texts 128 +- 40 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
+    of 64 within one slice of their place: 16 or more have odds 2e-10."""
+    times = {}
+    for how in ("--pairing matched", "", "--latent gaussian"):
+        shutil.copytree(finished, "out")
+        times[how] = [(t, t_tilde) for _, _, t, t_tilde, *_ in recorded_batches(
+            monkeypatch, f"--stage idlm --updates 4 --batch_size 64 --micro_batch 64 {how}")]
+        for t, _ in times[how]:
+            assert torch.equal(((t - EPS) / (1 - EPS) * 64 + 1e-5).floor(), torch.arange(64.))
+    assert all((t - t_tilde).abs().max() < 1 / 64 for t, t_tilde in times["--pairing matched"])
+    assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in times[""]) < 16
+    full = sum((t_tilde == 1).sum() for (_, t_tilde) in times["--latent gaussian"][::2])
+    assert 88 < full < 168 and not any((t_tilde == 1).any() for _, t_tilde in times[""])
+
+
+def test_accumulation_is_the_mean(monkeypatch):
+    """With a loss that draws nothing, 1, 2 or 8 micro-batches give the same weights."""
+    monkeypatch.setattr(train, "plain_loss", lambda s, step, process, net, teacher, x_0, *rest:
+                        net(x_0, torch.zeros(len(x_0))).logsumexp(-1).mean())
+    found = []
+    for micro_batch in (8, 4, 1):
+        train.main(f"--preset tiny --stage teacher --dropout 0 --micro_batch {micro_batch} "
+                   f"--dtype float64 --no-compile --device cpu --out out/{micro_batch}".split())
+        found.append(load(f"{micro_batch}/teacher")["ema"])
+    assert distance(found[0], found[1]) < 1e-12 and distance(found[0], found[2]) < 1e-12
+    assert found[0]["output_layer.linear.bias"].abs().max() > 1e-3
+
+
+def test_update_by_hand():
+    """AdamW without decay, the gradient's norm cut at 1, warm-up of 2, cosine to a tenth, EMA: one
+    weight and a bias, gradients (30, 40), then (0.3, 0.4), ..., written out in plain Python."""
+    net = torch.nn.Linear(1, 1).double()
+    s = argparse.Namespace(device=torch.device("cpu"), batch_size=4, micro_batch=2, rank=0, world=1,
+                           seed=1, stage="teacher", autocast=nullcontext(), updates=5, warmup=2,
+                           beta2=0.9, ema=0.15)
+    trainee = train.Trainee(net, 0.1, s)
+    w = [p.item() for p in net.parameters()]
+    m, v, ema = [0, 0], [0, 0], list(w)
+    for step, size in enumerate((100, 1, 0.5, 3, 0.1)):
+        _, norm = trainee.update(step, 0, lambda m, M: size * (
+            0.3 * net.weight + 0.4 * net.bias).sum())
+        assert norm.item() == pytest.approx(0.5 * size)
+        cut = min(1, 1 / (0.5 * size))
+        lr = 0.1 * min(1, (step + 1) / 2) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 5)) / 2)
+        decay = min(0.15, (1 + step) / (10 + step))
+        for i, g in enumerate((0.3 * size * cut, 0.4 * size * cut)):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.9 * v[i] + 0.1 * g * g
+            mean, var = m[i] / (1 - 0.9 ** (step + 1)), v[i] / (1 - 0.9 ** (step + 1))
+            w[i] -= lr * mean / (var ** 0.5 + 1e-8)
+            ema[i] = decay * ema[i] + (1 - decay) * w[i]
+        assert [p.item() for p in net.parameters()] == pytest.approx(w, abs=1e-6)
+        assert [p.item() for p in trainee.ema.parameters()] == pytest.approx(ema, abs=1e-6)
+
+
+def test_dcd_rounds(teachers, monkeypatch):
+    """Five rounds: delta doubles, and the teacher of a round is the EMA at its start."""
+    seen, inner = [], train.dcd_loss
+
+    def spy(net, teacher, process, x_0, delta, rng, t):
+        seen.append((delta * 512, teacher.state_dict()["vocab_embed.embedding"].clone()))
+        return inner(net, teacher, process, x_0, delta, rng, t)
+
+    Path("out/duo/dcd.pt").unlink()
+    monkeypatch.setattr(train, "dcd_loss", spy)
+    monkeypatch.setitem(train.PRESETS["tiny"], "save_every", 1)
+    saves = capture_saves(monkeypatch)
+    run("--process duo --stage dcd --updates 10 --micro_batch 8")
+    assert [delta for delta, _ in seen] == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16]
+    for step, (_, embedding) in enumerate(seen):
+        start = step // 2 * 2
+        expected = (saves[start] if start else load("duo/teacher"))["ema"]["vocab_embed.embedding"]
+        assert torch.equal(embedding, expected)
+
+
+# ---- seeds, interruptions -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [
+    "--stage teacher", "--process duo --stage teacher",
+    "--stage idlm --latent gaussian --init_from out/mdlm/teacher.pt",
+    "--process duo --stage idlm --uniform_update soft --init_from out/duo/teacher.pt"])
+def test_same_seed_same_weights(flags, teachers):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        torch.rand(7)                        # whatever was drawn before does not matter
+        run(f"{flags} --updates 3 --out out/{name} --seed {seed}")
+    a, b, c = (load(f"{name}/{flags.split('--stage ')[1].split()[0]}")["ema"] for name in "abc")
+    assert_same(a, b)
+    assert distance(a, c) > 1e-3
+
+
+def test_looking_does_not_disturb(monkeypatch):
+    """Saving, measuring and showing a text at every step or at the last one: the same weights."""
+    for save_every in (1, 100):
+        monkeypatch.setitem(train.PRESETS["tiny"], "save_every", save_every)
+        run(f"--stage teacher --out out/{save_every}")
+    assert_same(load("1/teacher")["ema"], load("100/teacher")["ema"])
+
+
+@pytest.mark.parametrize("flags", [
+    "--stage teacher", "--process duo --stage teacher", "--process duo --stage dcd",
+    "--stage idlm --latent gaussian --fake_updates 2",
+    "--process duo --stage idlm --pairing matched",
+    "--process duo --stage idlm --uniform_update soft --init_from out/duo/teacher.pt"])
+def test_resume_is_no_interruption(flags, teachers, monkeypatch):
+    """Killed after update 5 of 8, with the last save at 3: bit for bit the same at 6 and at 8, in
+    networks, EMA, optimisers and the teacher of DCD's round; with dropout, which the second half
+    draws too. The teacher is the first run's without being named again."""
+    args = train.parse_args(flags.split())
+    path = args.out / f"{args.stage}.pt"
+    path.unlink(missing_ok=True)
+    flags += " --updates 8 --micro_batch 8"
+    monkeypatch.setattr(train, "show", lambda *args: None)
+    saves = capture_saves(monkeypatch)
+    run(flags)
+    whole = dict(saves)
+    assert list(whole) == [3, 6, 8]
+    path.unlink()
+    saves.clear()
+    with monkeypatch.context() as patch:
+        kill_after(patch, 5)
+        with pytest.raises(Killed):
+            run(flags)
+    assert list(saves) == [3] and checkpoint.load(path)["step"] == 3
+    torch.rand(7)
+    run(flags.replace("--init_from out/duo/teacher.pt", "") + " --resume")
+    assert list(saves) == [3, 6, 8]
+    for step in whole:
+        assert_same(nets_of(whole[step]), nets_of(saves[step]))
+    assert set(nets_of(whole[3])) == {"ema", "main", "main_optimizer"} | (
+        {"fake", "fake_optimizer"} if args.stage == "idlm" else
+        {"round_teacher"} if args.stage == "dcd" else set())
+    assert saves[8].get("teacher") == whole[8].get("teacher")
+
+
+@pytest.mark.parametrize("broken", ["os.replace", "torch.save"])
+def test_kill_while_writing(broken, monkeypatch):
+    """Cut in the second write, halfway or before the new name: the first is whole, and goes on."""
+    module, name = broken.split(".")
+    inner, calls = getattr(getattr(checkpoint, module), name), []
+
+    def breaking(what, where, *rest):
+        if "teacher.pt" in str(getattr(where, "name", where)):
+            calls.append(where)
+            if len(calls) == 2:
+                if name == "save":
+                    where.write(b"half of a checkpoint")
+                raise Killed
+        return inner(what, where, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(getattr(checkpoint, module), name, breaking)
+        with pytest.raises(Killed):
+            run("--stage teacher --updates 7")
+    assert load("mdlm/teacher")["step"] == 3
+    net, meta = checkpoint.load_network("out/mdlm/teacher.pt")
+    assert meta["step"] == 3
+    run("--stage teacher --updates 7 --resume")
+    run("--stage teacher --updates 7 --out out/whole")
+    assert_same(load("mdlm/teacher")["ema"], load("whole/teacher")["ema"])
+
+
+@pytest.mark.parametrize("stage, name", [("teacher", "nelbo"), ("idlm", "fake"), ("idlm", "gap")])
+def test_non_finite_loss(stage, name, teachers, monkeypatch):
+    """It stops with step and name, also where a line is due at update 10 only and a save at 6
+    would write the broken weights."""
+    Path(f"out/mdlm/{stage}.pt").unlink(missing_ok=True)
+    plain, idlm, calls = train.plain_loss, train.idlm_step, []
+
+    def spoil(loss, which):
+        calls.append(which)
+        return loss * (math.inf if which == name and calls.count(name) == 6 else 1)
+
+    monkeypatch.setattr(train, "plain_loss", lambda *args: spoil(
+        plain(*args), "nelbo" if args[6] is not None else "held-out"))
+    monkeypatch.setattr(train, "idlm_step", lambda which, *args: spoil(
+        idlm(which, *args), {"generator": "gap"}.get(which, which)))
+    with pytest.raises(BadInput, match=f"{stage}: {name} is -?(inf|nan) between steps 4 and 6; "
+                                       "the last checkpoint is kept"):
+        run(f"--stage {stage} --updates 200 --micro_batch 8")
+    state = load(f"mdlm/{stage}")
+    assert state["step"] == 3 and all(x.isfinite().all() for x in state["ema"].values())
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+DRIVER = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import checkpoint, evaluate, train
+torch.set_num_threads(1)
+train.PRESETS["tiny"] = {TINY!r}
+save, report = checkpoint.save, train.report
+
+def slow_save(path, state):                 # a process that does not wait reads an older file
+    time.sleep(0.3)
+    save(path, state)
+
+def dying(s, step, *rest):
+    report(s, step, *rest)
+    if (s.stage, step) == ("idlm", 4):
+        sys.exit(7)
+
+checkpoint.save, train.report, train.show = slow_save, dying, lambda *args: None
+train.main(sys.argv[1:])
+"""
+
+
+def test_two_processes(monkeypatch):
+    """All stages of the uniform process by two processes (gloo) as by one: same global batch and
+    micro-batch, float64, parameters and optimisers to 1e-10. Both are cut after update 4 of idlm;
+    one process goes on from the checkpoint at 3."""
+    flags = "--preset tiny --process duo --updates 5 --no-compile --dtype float64".split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+                        "OMP_NUM_THREADS": "1"}
+    pair = [subprocess.Popen([sys.executable, "-c", DRIVER, *flags, "--out", "out/two"], text=True,
+                             env=env | {"RANK": str(i), "LOCAL_RANK": str(i)},
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+    try:
+        monkeypatch.setattr(evaluate, "short_table", lambda *args: None)
+        with monkeypatch.context() as patch:
+            saves = capture_saves(patch)     # meanwhile, of the last stage: idlm
+            train.main([*flags, "--out", "out/one"])
+        said = [process.communicate(timeout=600) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    assert [process.returncode for process in pair] == [7, 7], said
+    assert "idlm 4/5" in said[0][0] and said[1][0] == ""                  # one process speaks
+    assert len(Path("out/two/log.jsonl").read_text().splitlines()) == 5 + 5 + 4
+    for stage in ("teacher", "dcd"):
+        assert distance(load(f"two/{stage}")["ema"], load(f"one/{stage}")["ema"]) < 1e-10
+    assert load("two/idlm")["step"] == 3
+    one, two = nets_of(saves[3]), nets_of(load("two/idlm"))
+    for name in ("ema", "main", "fake"):
+        assert one[name]["vocab_embed.embedding"].dtype == torch.float64
+        assert distance(one[name], two[name]) < 1e-10
+    for name in ("main_optimizer", "fake_optimizer"):
+        for i, state in one[name]["state"].items():
+            assert distance(state, two[name]["state"][i]) < 1e-10
+    train.main([*flags, "--out", "out/two", "--resume"])
+    assert load("two/idlm")["step"] == 5
+    assert distance(load("two/idlm")["ema"], load("one/idlm")["ema"]) < 1e-10
+
+
+@pytest.mark.parametrize("world, batch_size, micro_batch, each", [
+    (1, 8, 4, 4), (2, 8, 8, 4), (4, 8, 8, 2), (2, 8, 2, 2), (1, 6, 4, 2), (8, 512, 8, 8)])
+def test_every_process_has_work(world, batch_size, micro_batch, each, monkeypatch):
+    """As many micro-batches for each: one without any would leave the others waiting."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    s = train.settings_of(train.parse_args(
+        ["--batch_size", str(batch_size), "--micro_batch", str(micro_batch)]), "teacher")
+    assert s.micro_batch == each and s.batch_size // s.micro_batch % world == 0
+
+
+# ---- settings and what is refused ---------------------------------------------------------------
+
+def actions(monkeypatch):
+    parsers, inner = [], argparse.ArgumentParser.parse_args
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args",
+                      lambda self, argv: parsers.append(self) or inner(self, argv))
+        train.parse_args([])
+    return [action for action in parsers[0]._actions if action.dest != "help"]
+
+
+def test_flags_and_presets(monkeypatch):
+    """At most 25 flags; a preset sets flags or the three settings that are none, nothing unknown;
+    every stage of every preset finds all it needs."""
+    flags = {action.dest for action in actions(monkeypatch)}
+    assert len(flags) <= 25
+    known = flags - {"process", "stage", "preset", "out", "resume"} | {
+        "warmup", "beta2", "save_every"}
+    monkeypatch.delitem(train.PRESETS, "tiny")
+    assert set(train.PRESETS) == {"laptop", "gpu", "owt"}
+    for name, preset in train.PRESETS.items():
+        entries = {key: value for key, value in preset.items() if isinstance(value, dict)}
+        assert set(entries) == {"teacher", "dcd", "idlm", "judge"}
+        assert set(preset) - set(entries) <= known
+        for stage, entry in entries.items():
+            assert set(entry) <= known
+            s = vars(train.settings_of(train.parse_args(["--preset", name]), stage))
+            needed = known - {"init_from"} - (set() if stage == "idlm" else {"fake_lr"})
+            assert not [key for key in needed if s.get(key) is None]
+            assert s["batch_size"] % s["micro_batch"] == 0
+
+
+def test_flag_before_stage_before_preset():
+    def batch_size(stage, *flags):
+        return train.settings_of(train.parse_args(["--preset", "laptop", *flags]), stage).batch_size
+    laptop = train.PRESETS["laptop"]
+    assert batch_size("teacher") == laptop["batch_size"] != laptop["idlm"]["batch_size"]
+    assert batch_size("idlm") == laptop["idlm"]["batch_size"]
+    assert batch_size("idlm", "--batch_size", "7") == 7
+
+
+def test_device_of_a_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train.pick_device(None) == train.pick_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert train.pick_device(None) == torch.device("cuda:3")
+    assert train.pick_device("cpu") == torch.device("cpu")
+    assert train.pick_device("cuda:1") == torch.device("cuda:1")
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--data none.txt", "there is no text file at 'none.txt'"),
+    ("--data empty.txt", "empty.txt"),
+    ("--data short.txt", "short.txt holds 15 tokens.* blocks of 16"),
+    ("--size 2x2", "--size 2x2: give layers x heads x width"),
+    ("--size big", "--size big: give layers x heads x width"),
+    ("--size 0x2x16", "--size 0x2x16: give layers"),
+    ("--size 2x0x16", "--size 2x0x16: give layers"),
+    ("--size 2x3x16", "--size 2x3x16: give .*an even width for each head"),
+    ("--size 2x16x16", "--size 2x16x16: give .*an even width for each head"),
+    ("--updates 0", "--updates 0 is out of range"),
+    ("--updates -3", "--updates -3 is out of range"),
+    ("--batch_size 0", "--batch_size 0 is out of range"),
+    ("--micro_batch 0", "--micro_batch 0 is out of range"),
+    ("--block_size 0", "--block_size 0 is out of range"),
+    ("--fake_updates 0", "--fake_updates 0 is out of range"),
+    ("--lr -1", "--lr -1.0 is out of range"),
+    ("--lr nan", "--lr nan is out of range"),
+    ("--dropout 1", "--dropout 1.0 is out of range"),
+    ("--seed -1", "--seed -1 is out of range"),
+    ("--device tpu", "--device tpu: this machine has .*cpu"),
+    ("--stage dcd", "--stage dcd is none of mdlm"),
+    ("--init_from out/mdlm/teacher.pt", "gives a teacher: add --stage idlm"),
+    ("--stage teacher --init_from x.pt", "gives a teacher: add --stage idlm"),
+    ("--process duo --latent gaussian", "--latent gaussian is for the masked process"),
+    ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),
+    ("--process duo --stage dcd --out new", "no checkpoint at new/teacher.pt; run python train.py"),
+    ("--stage idlm --init_from out/duo/dcd.pt --out new", "out/duo/dcd.pt is a duo network"),
+    ("--stage idlm --init_from out/mdlm/teacher.pt --out new --data other.txt",
+     "has another tokenizer .char. than --data other.txt gives"),
+    ("--stage teacher", "out/mdlm/teacher.pt is at step 4 of 4: finish"),
+    ("--stage teacher --resume", "out/mdlm/teacher.pt is at step 4 of 4: finish"),
+    ("--out half --stage teacher --updates 8", "at step 3 of 8: finish it with --resume"),
+    ("--out half", "at step 3 of 8: finish it with --resume"),
+    ("--out half --stage teacher --updates 3 --resume", "teacher.pt is at step 3 of 8"),
+    ("--out half --stage teacher --resume --size 1x2x16", "teacher.pt holds a network of another"),
+    ("--out half --stage teacher --resume --data other.txt", "holds a network of another shape")])
+def test_bad_input(flags, sentence, teachers, half):
+    for name, text in (("empty", ""), ("short", "a" * 15), ("other", TEXT + "!?")):
+        Path(f"{name}.txt").write_text(text)
+    shutil.copytree(half, "half")
+    before = {file: file.read_bytes() for file in Path().rglob("*.pt")}
+    with pytest.raises(BadInput, match=sentence) as error:
+        run(flags)
+    assert len(str(error.value).splitlines()) == 1
+    assert {file: file.read_bytes() for file in Path().rglob("*.pt")} == before
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run folder with a teacher killed at update 3 of 8."""
+    folder = tmp_path_factory.mktemp("half")
+    (folder / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(train.PRESETS, "tiny", dict(TINY))
+        kill_after(patch, 4)
+        with pytest.raises(Killed):
+            run("--stage teacher --updates 8 --out half")
+    return folder / "half"
+
+
+def test_batch_that_processes_cannot_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(BadInput, match="--batch_size 8 cannot be shared by 3 processes"):
+        run("--stage teacher")
+
+
+def test_unknown_cuda_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(BadInput, match="--device cuda: this machine has .*cpu"):
+        run("--device cuda")
+
+
+@pytest.mark.parametrize("flags", ["--process sedd", "--stage student", "--preset huge",
+                                   "--tokenizer bert", "--uniform_update gentle", "--dtype int8",
+                                   "--pairing none", "--latent noise", "--updates many", "--max 1"])
+def test_unknown_flag_values(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(flags)
+    assert error.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+
+
+def test_exit_code_of_the_script():
+    """Too large a learning rate: one sentence on stderr, no traceback, status 1."""
+    flags = ("--preset laptop --stage teacher --data text.txt --size 2x2x16 --block_size 16 "
+             "--batch_size 8 --updates 9 --device cpu --dtype float32 --no-compile --lr 1e30")
+    found = subprocess.run([sys.executable, ROOT / "train.py", *flags.split()], text=True,
+                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert found.returncode == 1
+    assert re.fullmatch(r"train.py: teacher: (nelbo|grad) is (inf|nan) between steps \d and \d; "
+                        r"the last checkpoint is kept. Lower the learning rate\n", found.stderr)
+    assert not Path("out/mdlm/teacher.pt").exists()
