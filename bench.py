@@ -39,8 +39,9 @@ AUTHORS = {  # their released code, eager, same shape: measured, H200.  ms, GiB
     "train mdlm B8": (315.8, 17.7), "train soft B8": (490.3, 66.2), "sample mdlm 16 B8": (591,),
     "sample mdlm 16 B32": (1549, 23.4), "sample greedy 4 B8": (212,),
     "sample greedy 4 B32": (790, 59.1)}
-ALL = ["train"] + [f"train --process duo --update {u}" for u in ("hard", "marginal", "soft")] \
-    + [f"sample {flags} --batch_size {B}" for flags in ("--steps 16", "--process duo --steps 4")
+ALL = [f"train --process {case}" for case in (
+    "mdlm", "duo --update hard", "duo --update marginal", "duo --update soft")] \
+    + [f"sample --process {case} --batch_size {B}" for case in ("mdlm --steps 16", "duo --steps 4")
        for B in (8, 32)] + [f"rival --batch_size {B}" for B in (1, 8, 32)]
 SCALING = [f"scaling --block_size {L}" for L in (256, 512, 1024, 2048)] \
     + [f"scaling --batch_size {B}" for B in (2, 4, 16)] \
@@ -76,8 +77,8 @@ def measure(args, name, V, parts, units=(0, 0, 0), warmup=5):
 def network(args, V, **config):
     with args.device:
         net = DiT(ModelConfig(V, args.num_layers, args.num_heads, args.width, **config))
-    for parameter in net.parameters():      # as if trained: products with 0 are faster
-        torch.nn.init.normal_(parameter, std=0.02)
+    for zeros in (p for p in net.parameters() if not p.any()):     # products with 0 are faster
+        torch.nn.init.normal_(zeros, std=0.02)
     return net.compile_trunk() if args.compile else net
 
 

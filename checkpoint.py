@@ -17,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from data import BadInput
 from model import DiT, ModelConfig
@@ -151,8 +152,9 @@ def export(net, meta, folder, dtype=None):
     config |= {theirs: config[ours] for theirs, ours in PUBLISHED.items()}
     weights = {f"backbone.{key}": w.to("cpu", None if key.endswith("inv_freq") else dtype)
                for key, w in net.state_dict().items()}
+    data = to_bytes(weights, {"format": "pt"})
+    write_whole(path, lambda file: file.write(data))
     write_whole(stated, lambda file: file.write(json.dumps(config, indent=1).encode()))
-    save_file(weights, path, {"format": "pt"})
 
 
 def provenance(seed, device):

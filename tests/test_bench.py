@@ -43,7 +43,7 @@ def settings_of_main(monkeypatch):
 
 
 def test_toy_run_of_all_cases_ends_in_a_line_of_json(capsys, tmp_path):
-    bench.main(["--all", "--records", str(tmp_path / "records.json"), *TINY])
+    bench.main(["--all", "--process", "duo", "--records", str(tmp_path / "records.json"), *TINY])
     records = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert records == json.loads((tmp_path / "records.json").read_text())
     assert [r["name"] for r in records] == [
