@@ -269,7 +269,7 @@ def run(data, name, seed, exact, updates):
                 "model": model, "latent": "gaussian" if net.config.latent_dim else "state",
                 "passes": passes, **scores(P, p, part), "seed": seed}
 
-    learned = train_teacher(p, process, rng, min(700, updates))
+    learned = train_teacher(p, process, rng, min(600, updates))
     teacher = Exact(p, process) if exact else learned
     note(teacher, "teacher", 1, 4, 50)
     distil = partial(idlm, learned, teacher, p, process, rng)
