@@ -31,14 +31,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import checkpoint
 import idlm_loss
 from data import BadInput, TextData
 from generator import draw_latent, sample
-from idlm_loss import upcast
 from model import DiT, ModelConfig
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
@@ -216,7 +214,8 @@ def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng):
     """teacher, dcd and judge: one network, one loss."""
     if s.stage == "judge":
         logits = net(x_0[:, :-1], torch.zeros(len(x_0)))
-        return F.cross_entropy(upcast(logits).flatten(0, 1), x_0[:, 1:].flatten().to(s.device))
+        target = x_0[:, 1:].flatten().to(s.device)
+        return idlm_loss.cross_entropy(logits.flatten(0, 1), target).mean()
     if s.stage == "dcd":
         round_ = step // math.ceil(s.updates / DCD_ROUNDS)
         return dcd_loss(net, teacher, process, x_0, DCD_DELTA * 2 ** round_, rng, t)

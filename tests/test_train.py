@@ -19,6 +19,7 @@ import torch
 
 import checkpoint
 import evaluate
+import idlm_loss
 import train
 from data import BadInput
 from teacher import EPS
@@ -201,6 +202,18 @@ def test_tiny_overfit(process, share, monkeypatch):
     assert sum(line["nelbo"] for line in log[-3:]) / 3 < share * math.log(K)
 
 
+def test_judge_predicts_the_next_token(monkeypatch):
+    """Of a sentence over and over; the letter after two letters of it is certain."""
+    Path("text.txt").write_text("the cat sat. " * 300)
+    monkeypatch.setitem(train.PRESETS["tiny"], "save_every", 1000)
+    run("--stage judge --updates 60 --size 2x2x32 --dropout 0 --micro_batch 8")
+    net, meta = checkpoint.load_network("out/mdlm/judge.pt")
+    chars = meta["tokenizer"]["chars"]
+    x = torch.tensor([[chars.index(c) for c in "cat sat. the"]])
+    found = net(x, torch.zeros(1)).argmax(-1)[0]
+    assert "".join(chars[i] for i in found[1:]) == "t sat. the "
+
+
 # ---- the flow of one stage ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("flags", ["", "--latent gaussian", "--process duo",
@@ -290,6 +303,67 @@ def test_times(finished, monkeypatch):
     assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in times[""]) < 16
     full = sum((t_tilde == 1).sum() for (_, t_tilde) in times["--latent gaussian"][::2])
     assert 88 < full < 168 and not any((t_tilde == 1).any() for _, t_tilde in times[""])
+
+
+def test_duo_curriculum(monkeypatch):
+    """Soft inputs in the first half of the updates; the held-out loss is the hard one."""
+    seen, inner = [], train.duo_loss
+    monkeypatch.setattr(train, "duo_loss", lambda *args, soft, t: seen.append(
+        (soft, t is None)) or inner(*args, soft=soft, t=t))
+    run("--process duo --stage teacher --micro_batch 8")
+    held_out = [(False, True)]
+    assert seen == [(True, False)] * 2 + [(False, False), *held_out, (False, False), *held_out]
+
+
+@pytest.mark.parametrize("process, update, loss", [
+    ("mdlm", "hard", "masked"), ("mdlm --latent gaussian", "hard", "masked"),
+    ("duo", "hard", "uniform"), ("duo", "marginal", "uniform"), ("duo", "soft", "soft")])
+def test_idlm_step(process, update, loss, teachers, monkeypatch):
+    """The generator reads texts at t_tilde; the second noise, its weight and sigma belong to t. The
+    masked fake is told 0, or with the added latent the level of t_tilde; its teacher always 0."""
+    levels, calls, times = [], [], []
+    latent, step = train.draw_latent, train.idlm_step
+
+    def spy_latent(net, p, x_0, t_tilde, rng, soft):
+        levels.append((t_tilde, soft))
+        return latent(net, p, x_0, t_tilde, rng, soft=soft)
+
+    def spy_step(*args):
+        times.append(args[7:9])
+        return step(*args)
+
+    def spy(inner):
+        return lambda *args, **how: calls.append((inner.__name__, args, how)) or inner(*args, **how)
+
+    monkeypatch.setattr(train, "draw_latent", spy_latent)
+    monkeypatch.setattr(train, "idlm_step", spy_step)
+    for kind in ("masked", "uniform", "soft"):
+        for which in ("fake", "generator"):
+            name = f"{kind}_{which}_loss"
+            monkeypatch.setattr(idlm_loss, name, spy(getattr(idlm_loss, name)))
+    run(f"--stage idlm --updates 1 --micro_batch 8 --uniform_update {update} --process {process}")
+    assert [name for name, *_ in calls] == [f"{loss}_fake_loss", f"{loss}_generator_loss"]
+    for (name, args, how), (t, t_tilde), (level, soft) in zip(calls, times, levels):
+        assert torch.equal(level, t_tilde) and soft == (loss == "soft")
+        noise = args[4 if "generator" in name else 3:-2]     # after the networks and eps
+        assert args[-2] == len(set(TEXT)) + 1                # K: with the newline of every text
+        alpha = 1 - (1 - EPS) * t
+        if loss == "masked":
+            assert torch.allclose(noise[1], (1 - EPS) / (1 - alpha))
+            told = -(1 - (1 - EPS) * t_tilde).log() if "gaussian" in process else 0 * t
+            assert torch.allclose(noise[2], told)
+            assert "fake" in name or not noise[3].any()
+            masked = noise[0].float().mean(1)
+            assert masked[t.argmax()] > masked[t.argmin()]
+        elif loss == "uniform":
+            assert torch.allclose(noise[2], alpha) and torch.allclose(noise[4], -alpha.log())
+            assert how == ({"gap": getattr(idlm_loss, f"{update}_gap")} if "gen" in name else {})
+            kept = noise[0].float().mean(1)
+            assert kept[t.argmin()] > kept[t.argmax()]
+        else:
+            scale, std, alpha, dalpha, sigma = noise         # of the Gaussian clock
+            assert torch.allclose(scale ** 2 + std ** 2, torch.ones(8)) and (dalpha < 0).all()
+            assert torch.allclose(sigma, -alpha.log()) and alpha.argmax() == t.argmin()
 
 
 def test_accumulation_is_the_mean(monkeypatch):
