@@ -324,8 +324,10 @@ def average(records):
     for runs in groups.values():
         rows.append(dict(runs[0], runs=len(runs)))
         for key in {k for r in runs[1:] for k in r} - SETTINGS:
-            values = [r[key] for r in runs if isinstance(r.get(key), float)]
-            if len(values) > 1:
+            values = [r.get(key) for r in runs]
+            if None in values:                             # no mean of the runs that reached it
+                rows[-1][key] = None
+            elif all(isinstance(value, float) for value in values):
                 mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
                 rows[-1] |= {key: mean, key + "_ci": [mean - sd, mean + sd]}
     return rows
@@ -339,6 +341,8 @@ def cell(record, key):
         return "–" if value is None else str(value)
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     if ci and record.get("runs", 1) > 1:
+        if ci[1] == value:
+            return text
         return f"{text} ± {ci[1] - value:.2g}"
     if ci and key.startswith("gen_ppl"):
         text += " [{}, {}]".format(*("open" if end is None else f"{end:.3g}" for end in ci))
@@ -362,8 +366,9 @@ def rewrite_tables(readme="README.md", results="results"):
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
         runs = max((r["runs"] for r in rows if not r.get("real")), default=1)
-        return (f"{begin}\n{records_table(rows, columns)}\n\n`results/{name}.json`: mean ± standard"
-                f" deviation of {runs} runs, or of one run its [95 % interval]\n{end}")
+        what = f"mean ± standard deviation of {runs} runs" if runs > 1 else \
+            "one run, in brackets 95 % intervals over texts where there are any"
+        return f"{begin}\n{records_table(rows, columns)}\n\n`results/{name}.json`: {what}\n{end}"
     text = re.sub(r"(<!-- table:(\w+) -->).*?(<!-- /table:\2 -->)", block, Path(readme).read_text(),
                   flags=re.DOTALL)
     checkpoint.write_whole(readme, lambda file: file.write(text.encode()))

@@ -13,6 +13,7 @@ preferred; without one the small generator that comes with the repository answer
 """
 import argparse
 import math
+import os
 import re
 import sys
 import time
@@ -103,7 +104,8 @@ def main(argv=None):
         texts = sample(net, process, args.num_samples, length, args.steps, rng, prompt=prompt,
                        temperature=args.temperature, top_p=args.top_p, ending=args.ending,
                        callback=watcher(tokenizer, args.steps) if args.watch else None)
-    print(f"{int(texts.nfe.max())} passes, {time.time() - began:.2f} s, seed {args.seed}, {name} "
+    shown = os.path.relpath(name) if os.path.exists(name) else name
+    print(f"{int(texts.nfe.max())} passes, {time.time() - began:.2f} s, seed {args.seed}, {shown} "
           f"({meta['process']}, {meta['stage']})")
     for text in texts.tokens:
         print("-" * 60 + "\n" + readable(text, tokenizer))

@@ -169,6 +169,14 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
     assert ("a text in" in out) == (args.stage != "judge")
 
 
+def test_a_small_text_ends_without_a_table(capsys):
+    """Fewer than 8 held-out blocks give no interval: the sentence, then the sample all the same."""
+    run("--block_size 32")
+    out = capsys.readouterr().out
+    assert "no table: " in out and "an interval needs" in out
+    assert out.index("no table: ") < out.index(" passes, ") and "minutes in all" in out
+
+
 @pytest.mark.parametrize("process, stages", [("mdlm", ["teacher", "idlm"]),
                                              ("duo", ["teacher", "dcd", "idlm"])])
 def test_default_runs_what_is_missing(process, stages, monkeypatch, capsys):
