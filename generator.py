@@ -131,19 +131,15 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
 
 def sample_masked(net, process, x, is_masked, steps, rng, how, *, fixed_z, callback, **_):
     """Reverse steps of the masked process. Which positions a step reveals is drawn first, on the
-    CPU: texts that reveal nothing are not passed through the network, and the head runs at the
-    revealed positions alone."""
+    CPU: texts that reveal nothing take no pass, and the head runs at revealed positions alone."""
     nfe = torch.zeros(len(x), dtype=torch.int64)
     blank = bool(is_masked.all())                          # equal texts: one pass serves them all
     z_fixed = gaussian_latent(net, x, process.mask_id, rng) if fixed_z else None
     device, x = net.device, to_device(x, net.device)
     for i in range(steps):
         reveal = process.reveal(is_masked, 1 - i / steps, 1 - (i + 1) / steps, rng)
-        some = reveal.any(1)
-        if some.any():
-            # Texts that reveal nothing sit out; while most reveal, the batch keeps its one shape.
-            chosen = slice(None) if 2 * some.sum() > len(x) else flat_rows(some, device)
-            here = flat_rows(reveal if 2 * some.sum() > len(x) else reveal[some], device)
+        if reveal.any():
+            chosen, here = texts_and_rows(reveal, device)
             x_in = x[chosen]
             sigma = torch.zeros(len(x_in), device=device)
             if net.config.latent_dim:
@@ -158,10 +154,19 @@ def sample_masked(net, process, x, is_masked, steps, rng, how, *, fixed_z, callb
             tokens = per_row(draw, process.K, (net,), rows, uniforms(len(rows), rng, device), *how)
             x[chosen] = x_in.flatten().index_copy(0, here, tokens).view_as(x_in)
             is_masked, blank = is_masked & ~reveal, False
-            nfe += some
+            nfe += reveal.any(1)
         if callback:
             callback(i, x)
     return x, nfe
+
+
+def texts_and_rows(wanted, device):                        # (B, L) bool, on the CPU
+    """-> which texts a pass takes, and which rows of those it projects. Texts that want nothing
+    sit out; but while most want something, the batch keeps its one shape."""
+    some = wanted.any(1)
+    if 2 * some.sum() > len(wanted):
+        return slice(None), flat_rows(wanted, device)
+    return flat_rows(some, device), flat_rows(wanted[some], device)
 
 
 def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
@@ -192,22 +197,34 @@ def greedy_end(logits, z, alpha_t, published=False, temperature=1.0, top_p=1.0):
 
 
 def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, **_):
-    """Reverse steps of the uniform process; every step is one pass over every text."""
+    """Reverse steps of the uniform process. The number that decides whether a token changes is
+    drawn first: a step changes it with probability (move + spread) / (K alpha_t f_z + 1 - alpha_t),
+    at most (move + spread) / (1 - alpha_t) whatever the network says, so tokens above that bound
+    need no head, and texts with none below it no pass. The first and the last step take all."""
     if ending not in ("ancestral", "greedy", "greedy-published"):
         raise ValueError(f"ending {ending!r}: choose ancestral, greedy or greedy-published")
-    x, free = to_device(x, net.device), to_device(free, net.device)
+    nfe, device, x = torch.zeros(len(x), dtype=torch.int64), net.device, to_device(x, net.device)
     for i in range(steps):
         t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps])
-        alpha_t, alpha_s = to_device(process.alpha(t)[0], x.device)    # tensors: compiled only once
-        h = net.hidden(x, process.sigma(t[:1]).repeat(len(x))).flatten(0, 1)
-        if i == steps - 1 and ending != "ancestral":
-            new = per_row(greedy_end, process.K, (net,), h, x.flatten(), alpha_t,
-                          ending == "greedy-published", *how)
-        else:
-            u = (uniforms(x.numel(), rng, x.device) for _ in range(2))
-            new = per_row(uniform_step, process.K, (net,), h, x.flatten(), *u, alpha_t, alpha_s,
-                          *how)
-        x = torch.where(free, new.view_as(x), x)
+        alpha_t, alpha_s = process.alpha(t.double())[0]
+        end = i == steps - 1 and ending != "ancestral"
+        bound = alpha_s - alpha_t + (1 - alpha_t / alpha_s) * (1 - alpha_s)
+        u = torch.rand(free.shape, generator=rng, dtype=torch.float64)
+        wanted = free if end else free & (u * (1 - alpha_t) < bound)
+        if wanted.any():
+            chosen, here = texts_and_rows(wanted, device)
+            x_in, clock = x[chosen], to_device(process.alpha(t)[0], device)    # no recompilation
+            h = net.hidden(x_in, process.sigma(t[:1]).repeat(len(x_in))).flatten(0, 1)[here]
+            z = x_in.flatten()[here]
+            if end:
+                new = per_row(greedy_end, process.K, (net,), h, z, clock[0],
+                              ending == "greedy-published", *how)
+            else:
+                u = to_device(u[wanted].to(clock.dtype if device.type == "mps" else u.dtype), device)
+                new = per_row(uniform_step, process.K, (net,), h, z, u,
+                              uniforms(len(z), rng, device), *clock, *how)
+            x[chosen] = x_in.flatten().index_copy(0, here, new).view_as(x_in)
+            nfe += wanted.any(1)
         if callback:
             callback(i, x)
-    return x, torch.full((len(x),), steps)
+    return x, nfe

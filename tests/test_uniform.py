@@ -597,7 +597,7 @@ class TableNet:
 
 
 @pytest.mark.parametrize("ending", ["ancestral", "greedy", "greedy-published"])
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3, 6])
 def test_exact_law_of_samples(steps, ending):
     """3 words, 2 tokens: the law over the 9 texts by multiplying the steps' exact transitions
     (Bayes' rule with f for x_0, tokens independent) against 100,000 samples."""
@@ -617,7 +617,8 @@ def test_exact_law_of_samples(steps, ending):
         law = law @ (rows[:, 0, :, None] * rows[:, 1, None, :]).flatten(1)
     out = sample(net, process, 100_000, L, steps, seeded(29), ending=ending)
     assert_law(out.tokens[:, 0] * K + out.tokens[:, 1], law)
-    assert net.passes == steps and (out.nfe == steps).all() and net.training
+    assert net.passes == steps and out.nfe.max() == steps and out.nfe.min() >= 1 and net.training
+    assert (out.nfe < steps).any() == (steps > 2)          # the first and the last step take all
     with pytest.raises(ValueError, match="ending"):
         sample(net, process, 1, L, 1, torch.Generator(), ending="gready")
 
