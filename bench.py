@@ -86,13 +86,16 @@ def iteration(args, process, rng):
     """train.py's, in parts: loss and AdamW of the fake, loss and AdamW of the generator, EMA."""
     B, L, V = args.batch_size, args.block_size, process.vocab_size
     generator, fake, teacher = (network(args, V, dropout=args.dropout) for _ in range(3))
-    nets = generator, fake, teacher.eval().requires_grad_(False)
+    nets = generator, fake, teacher.eval().freeze(torch.bfloat16 if args.cuda else None)
     weights = [p.detach() for p in generator.parameters()]
+    for p in (*generator.parameters(), *fake.parameters()):
+        p.grad = torch.zeros_like(p)
     ema = [w.clone() for w in weights] if args.ema else []
 
     def loss(which):
-        generator.zero_grad()
-        fake.train(which == "fake").requires_grad_(which == "fake").zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        fake.train(which == "fake").requires_grad_(which == "fake")
+        (fake if which == "fake" else generator).zero_grad(set_to_none=False)
         x_0 = torch.randint(process.K, (B, L), generator=rng)
         t, t_tilde = stratified_times(B, rng), stratified_times(B, rng)[torch.randperm(B)]
         args.amp(idlm_step)(which, args, process, *nets, x_0, t, t_tilde, rng).backward()
@@ -147,7 +150,7 @@ def run(args):
     V = process.vocab_size
     if args.mode == "sample":               # a pass over all-[MASK] texts serves all B of them
         name, passes, heads = ("mdlm", n - 1 + 1 / B, 1) if masked else (args.ending, n, n)
-        net = network(args, V)
+        net = network(args, V).freeze(torch.bfloat16 if args.cuda else None)
         write = partial(args.amp(sample), net, process, B, L, n, rng, ending=args.ending)
         return measure(args, f"sample {name} {n}", V, [write], (passes, passes, heads))[1]
     if args.mode == "rival":                # in bfloat16: a pass's cost is reading the weights

@@ -280,6 +280,7 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=
     for name, sampler, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
         half = has_bfloat16(net.device)
+        net.freeze(torch.bfloat16 if half else None)
         for temperature in temperatures:
             bar.set_description(f"{name} {sampler} {n} steps at {temperature}")
             rng, began = torch.Generator().manual_seed(seed), time.time()

@@ -47,7 +47,7 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
     soft (uniform process): the network reads the Gaussian state of x_0 at t_tilde, as published.
     """
     if soft:
-        x, _ = process.soft_corrupt(to_device(x_0, net.device), t_tilde, rng)
+        x, _ = process.soft_corrupt(x_0, t_tilde, rng)
         return Latent(x, -process.gaussian(t_tilde)[2].log())
     x = process.corrupt(x_0, t_tilde, rng)
     if isinstance(process, Masked):         # alpha(1) is 1e-3, but sampling starts without any word

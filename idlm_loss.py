@@ -63,6 +63,10 @@ def to_device(x, device):
     return x.to(device)
 
 
+def rows_at_once(K, chunk=1):                              # a power of 2
+    return 1 << max(1, chunk * CHUNK_ELEMENTS // K).bit_length() - 1
+
+
 def per_row(formula, K, nets, *rows, chunk=1):
     """formula(logits, ..., other rows, ...) -> (N,), evaluated chunk by chunk.
 
@@ -74,7 +78,7 @@ def per_row(formula, K, nets, *rows, chunk=1):
     N = len(rows[0])
     if N * K <= min(KEEP_ELEMENTS, CHUNK_ELEMENTS):
         return on_logits(formula, K, nets, *rows)
-    size = 1 << max(1, chunk * CHUNK_ELEMENTS // K).bit_length() - 1          # a power of 2
+    size = rows_at_once(K, chunk)
     is_row = [torch.is_tensor(r) and r.dim() > 0 for r in rows]
     if COMPILE and N % size:             # with copies of the last row: finite, and cut off again
         rows = [torch.cat([r, r[-1:].expand(-N % size, *r.shape[1:])]) if ok else r
@@ -223,7 +227,8 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
 
 def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K) x2, (N,), (N, 1) x2 -> (N,)
     """NELBO of f at the noised token z for the target row G = softmax(logits_g), as in UDLM, Duo:
-    c [ sum_v xbar_v / xbar_z log(fbar_z xbar_v / (fbar_v xbar_z)) - K / xbar_z + K / fbar_z ]"""
+    c [ sum_v xbar_v / xbar_z log(fbar_z xbar_v / (fbar_v xbar_z)) - K / xbar_z + K / fbar_z ]
+    where, as sum_v xbar_v = K, the logarithm's part at z comes out of the sum."""
     return uniform_nelbo_probs(logits_f, upcast(logits_g).softmax(-1), z, a, dalpha)
 
 
@@ -232,8 +237,8 @@ def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
     xbar = K * a * x_0_probs + (1 - a)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     xbar_z, fbar_z = xbar.gather(1, z[:, None]), fbar.gather(1, z[:, None])
-    inner = (xbar / xbar_z * ((xbar / xbar_z).log() - (fbar / fbar_z).log())).sum(-1, keepdim=True)
-    return (-dalpha / (K * a) * (inner - K / xbar_z + K / fbar_z))[:, 0]
+    inner = (xbar * (xbar / fbar).log()).sum(-1, keepdim=True) - K * (xbar_z / fbar_z).log()
+    return (-dalpha / (K * a) * (inner / xbar_z - K / xbar_z + K / fbar_z))[:, 0]
 
 
 def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
@@ -246,7 +251,7 @@ def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
     fbar_z, tbar_z = fbar.gather(1, index), tbar.gather(1, index)
-    inner = (xbar * ((fbar / fbar_z).log() - (tbar / tbar_z).log())).sum(-1, keepdim=True)
+    inner = (xbar * (fbar / tbar).log()).sum(-1, keepdim=True) - K * (fbar_z / tbar_z).log()
     return (-dalpha / (K * a) * (inner / xbar.gather(1, index) + K / tbar_z - K / fbar_z))[:, 0]
 
 
@@ -286,8 +291,9 @@ def uniform_mean(formula, K, nets, hs, z, *per_text):
 @torch.no_grad()
 def renoise_uniform(generator, h_g, keep, noise, K, rng):
     """z ~ q(. | y), y ~ G: the draw where `keep` (probability alpha_t), else a uniform token."""
-    y = draw_tokens(generator, h_g.flatten(0, 1), K, rng).view(keep.shape)
-    return torch.where(to_device(keep, y.device), y, to_device(noise, y.device))
+    rows = flat_rows(keep, h_g.device)
+    y = draw_tokens(generator, h_g.flatten(0, 1)[rows], K, rng)
+    return to_device(noise, y.device).flatten().index_copy(0, rows, y).view_as(noise)
 
 
 def uniform_fake_loss(generator, fake, eps, keep, noise, a, dalpha, sigma, K, rng):
@@ -322,32 +328,20 @@ def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha
 # The published update (IDLM-Duo): the networks read the Gaussian state softmax(w / tau) of G and
 # the gradient runs through it. Its law is q(. | G) only for one-hot G (the tests show how far off).
 
-def topk_softmax(w, tau, k=16):                            # (N, K) -> (N, k) weights, (N, k) ids
-    """softmax(w / tau) as its k largest entries: in float32 the same row.
-
-    exp(-25) = 1e-11 is lost in a float32 sum with the largest entry's 1, so entries more than
-    25 tau below the maximum do not count. If the k-th is nearer than that, k is doubled. The
-    largest of blocks of 256 come first: the k largest entries stand in the k best blocks.
-    """
-    K = w.shape[-1]
-    while True:
-        k = min(k, K)
-        if K <= 256 * k:
-            top, ids = w.topk(k)
-        else:
-            blocks = F.pad(w, (0, -K % 256), value=-torch.inf).unflatten(1, (-1, 256))
-            best = blocks.amax(-1).topk(k).indices                   # (N, k) blocks
-            top, at = blocks.gather(1, best[..., None].expand(-1, -1, 256)).flatten(1).topk(k)
-            ids = best.gather(1, at // 256) * 256 + at % 256
-        if k == K or bool((top[:, 0] - top[:, -1] > 25 * tau).all()):
-            return (top / tau).softmax(-1), ids
-        k *= 2
+def top_entries(w, k):                                     # (N, K) -> (N, k) values, (N, k) ids
+    """w.topk(k), by blocks: the k largest entries stand in the k blocks of the largest maxima."""
+    if w.shape[1] <= 256 * k:
+        return w.topk(k)
+    blocks = F.pad(w, (0, -w.shape[1] % 256), value=-torch.inf).unflatten(1, (-1, 256))
+    best = blocks.amax(-1).topk(k).indices                           # (N, k) blocks
+    top, at = blocks.gather(1, best[..., None].expand(-1, -1, 256)).flatten(1).topk(k)
+    return top, best.gather(1, at // 256) * 256 + at % 256
 
 
-def pad_topk(parts, value=0):
-    """Chunks of (n, k) of which some needed a larger k, as one tensor."""
-    k = max(part.shape[1] for part in parts)
-    return torch.cat([F.pad(part, (0, k - part.shape[1]), value=value) for part in parts])
+def is_enough(spread, tau):
+    """May softmax(w / tau) leave out what lies `spread` below the maximum? exp(-25) = 1e-11 is lost
+    in a float32 sum with the largest entry's 1."""
+    return bool((spread > 25 * tau).all())
 
 
 def device_rng(rng, device):
@@ -358,8 +352,8 @@ def device_rng(rng, device):
     return torch.Generator(device).manual_seed(seed)
 
 
-def gaussian_state(logits_g, xi, scale, std):              # (N, K) x2, (N, 1) x2 -> (N, K)
-    return scale * upcast(logits_g).softmax(-1) + std * xi
+def noisy_top(logits_g, xi, scale, std, k):                # (N, K) x2, (N, 1) x2 -> (N, k) x2
+    return top_entries(scale * upcast(logits_g).softmax(-1) + std * xi, k)
 
 
 def state_weights(logits_g, ids, noise, scale, tau):       # (N, K), (N, k) x2, (N, 1) -> (N, k)
@@ -374,17 +368,20 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     (weights, ids), each (B, L, k), and z = argmax w (B, L).
     """
     B, L, _ = h_g.shape
-    rng = device_rng(rng, h_g.device)
     scale, std = rows_of(scale, L, h_g.device), rows_of(std, L, h_g.device)
-    size, found = max(1, CHUNK_ELEMENTS // K), []
-    with torch.no_grad():                                  # which entries survive, their noise
-        for h, s, d in zip(*(x.split(size) for x in (h_g.flatten(0, 1), scale, std))):
-            xi = torch.randn(len(h), K, generator=rng, device=rng.device, dtype=scale.dtype)
-            ids = topk_softmax(per_row(gaussian_state, K, (generator,), h, xi, s, d), tau)[1]
-            found.append((ids, d * xi.gather(1, ids)))
-    ids = pad_topk([ids for ids, _ in found])
-    noise = pad_topk([xi for _, xi in found], value=-torch.inf)
-
+    seed, k = torch.randint(2 ** 62, (), generator=rng, device=rng.device).item(), 16
+    run = compiled(on_logits) if COMPILE else on_logits
+    while True:                                            # which entries survive, and their noise
+        found, k, noise_rng = [], min(k, K), torch.Generator(h_g.device).manual_seed(seed)
+        with torch.no_grad():
+            for h, s, d in zip(*(x.split(rows_at_once(K)) for x in (h_g.flatten(0, 1), scale, std))):
+                xi = torch.randn(len(h), K, generator=noise_rng, device=h.device, dtype=s.dtype)
+                top, ids = run(noisy_top, K, (generator,), h, xi, s, d, k)
+                found.append((top[:, 0] - top[:, -1], ids, d * xi.gather(1, ids)))
+        spread, ids, noise = (torch.cat(parts) for parts in zip(*found))
+        if k == K or is_enough(spread, tau):
+            break
+        k *= 2                                             # the same noise again: no row is favoured
     weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau,
                       chunk=4)
     return (weights.view(B, L, -1), ids.view(B, L, -1)), ids[:, 0].contiguous().view(B, L)

@@ -97,10 +97,12 @@ def main(argv=None):
         checkpoint.export(net, meta, args.export)
         return print(f"wrote {args.export}: {net.num_params():,} parameters of {name}")
     process, tokenizer = checkpoint.make_process(meta), get_tokenizer(meta["tokenizer"])
+    half = has_bfloat16(device)
+    net.freeze(torch.bfloat16 if half else None)
     length = args.length or meta["block_size"]
     prompt = parse_prompt(args.prompt, tokenizer, length)
     rng, began = torch.Generator().manual_seed(args.seed), time.time()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device)):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
         texts = sample(net, process, args.num_samples, length, args.steps, rng, prompt=prompt,
                        temperature=args.temperature, top_p=args.top_p, ending=args.ending,
                        callback=watcher(tokenizer, args.steps) if args.watch else None)

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-import idlm_loss
-from idlm_loss import (cross_entropy, device_rng, flat_rows, frozen, pad_topk, per_row, rows_of,
-                       to_device, topk_softmax, uniform_nelbo_probs, upcast)
+from idlm_loss import (cross_entropy, flat_rows, frozen, is_enough, per_row, rows_of, to_device,
+                       uniform_nelbo_probs, upcast)
 
 EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
 
@@ -184,18 +183,31 @@ class Uniform:
         return tuple(x.to(t.dtype) for x in
                      (scale, std, alpha_t, dalpha * (self.gamma_max - self.gamma_min)))
 
-    def soft_corrupt(self, x_0, t, rng, tau=1e-3):         # -> (weights, ids): (B, L, k); z: (B, L)
-        """softmax(w / tau) of clean tokens as its top k entries, and z = argmax(w)."""
-        B, L = x_0.shape
-        rng = device_rng(rng, x_0.device)
-        scale, std = (rows_of(x, L, x_0.device) for x in self.gaussian(t)[:2])
-        found = []
-        size = max(1, idlm_loss.CHUNK_ELEMENTS // self.K)
-        for x, s, d in zip(*(r.split(size) for r in (x_0.flatten(), scale, std))):
-            w = d * torch.randn(len(x), self.K, generator=rng, device=rng.device, dtype=t.dtype)
-            found.append(topk_softmax(w.scatter_add_(1, x[:, None], s.expand(-1, 1)), tau))
-        weights, ids = (pad_topk([part[i] for part in found]).view(B, L, -1) for i in (0, 1))
-        return (weights, ids), ids[..., 0]
+    def soft_corrupt(self, x_0, t, rng, tau=1e-3, k=16):   # -> (weights, ids): (B, L, k); z: (B, L)
+        """softmax(w / tau) of clean tokens as its top k entries, and z = argmax(w).
+
+        Away from the token w is plain noise, of which only the largest entries matter. Their law is
+        known: of n uniforms in falling order each is the one before times u^(1 / how many are
+        left), and they stand at random places: no vocabulary of Gaussians.
+        """
+        scale, std = (x[:, None, None] for x in self.gaussian(t.double())[:2])
+        own = torch.randn(*x_0.shape, 1, generator=rng, dtype=torch.float64)
+        u = torch.empty(*x_0.shape, 0, dtype=torch.float64)
+        while True:
+            k = min(k, self.K - 1)
+            more = torch.rand(*x_0.shape, k - u.shape[-1], generator=rng, dtype=torch.float64)
+            u = torch.cat([u, more], -1)
+            left = torch.arange(self.K - 1, self.K - 1 - k, -1)
+            others = std * torch.special.ndtri((u.log() / left).cumsum(-1).exp())
+            w = torch.cat([scale + std * own, others], -1)
+            if k == self.K - 1 or is_enough(w.amax(-1) - w[..., -1], tau):
+                break
+            k *= 2
+        places = random_places(self.K - 1, k, x_0.shape, rng)
+        ids = torch.cat([x_0[..., None], places + (places >= x_0[..., None])], -1)
+        w, order = w.sort(-1, descending=True)
+        ids = ids.gather(-1, order)
+        return ((w / tau).softmax(-1).to(t.dtype), ids), ids[..., 0]
 
     def shared_argmax(self, x_0, times, rng):
         """argmax(scale_t x_0 + std_t xi) at several times with *one* noise xi.  # -> list of (B, L)
@@ -214,6 +226,16 @@ class Uniform:
                 for scale, std, *_ in clocks]
 
 
+def random_places(n, k, shape, rng):                       # -> (*shape, k) int64
+    """k different numbers below n, in random order. Floyd: a repetition takes the newest number."""
+    found = torch.empty(*shape, 0, dtype=torch.int64)
+    for newest in range(n - k, n):
+        draw = torch.randint(newest + 1, (*shape, 1), generator=rng)
+        again = (found == draw).any(-1, keepdim=True)
+        found = torch.cat([found, torch.where(again, newest, draw)], -1)
+    return found.gather(-1, torch.rand(found.shape, generator=rng).argsort(-1))
+
+
 def duo_loss(net, process, x_0, rng, soft=False, t=None):
     """Duo's training loss, mean nats per token: the NELBO at hard tokens on the log-linear clock,
     or (soft, the curriculum of the first half) with the network reading softmax(w / tau) and the
@@ -221,7 +243,7 @@ def duo_loss(net, process, x_0, rng, soft=False, t=None):
     t = stratified_times(len(x_0), rng) if t is None else t
     if soft:
         _, _, a, dalpha = process.gaussian(t)
-        x_in, z = process.soft_corrupt(x_0.to(net.device), t, rng)
+        x_in, z = process.soft_corrupt(x_0, t, rng)
     else:
         a, dalpha = process.alpha(t)
         x_in = z = process.corrupt(x_0, t, rng)

@@ -179,6 +179,8 @@ class Trainee:
         self.ema = copy.deepcopy(net).eval().requires_grad_(False) if averaged else None
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, s.beta2),
                                            weight_decay=0.0, fused=s.device.type in ("cuda", "cpu"))
+        for p in net.parameters():       # a lasting place: CUDA graphs overwrite what they return
+            p.grad = torch.zeros_like(p)
 
     def update(self, step, part, loss_of):
         """One optimiser update: loss_of(m, M) over the micro-batches of this process, gradients
@@ -186,12 +188,13 @@ class Trainee:
         s, total, M = self.s, 0.0, self.s.batch_size // self.s.micro_batch
         for m in range(s.rank, M, s.world):
             torch.manual_seed(-key_of(s, step, part, m))   # dropout; seeds of `batch` are positive
+            torch.compiler.cudagraph_mark_step_begin()
             with s.autocast:
                 loss = loss_of(m, M) / M
             loss.backward()
             total += loss.detach()
         if s.world > 1:                  # once, after the last micro-batch: what DDP's no_sync does
-            shares = [total, *(p.grad for p in self.net.parameters() if p.grad is not None)]
+            shares = [total, *(p.grad for p in self.net.parameters())]
             sums = parameters_to_vector(shares)
             dist.all_reduce(sums)
             vector_to_parameters(sums, shares)
@@ -201,7 +204,7 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor * min(1, (step + 1) / max(1, s.warmup))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         if self.ema is not None:         # early on a shorter average, not mostly the start
             decay = min(s.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_([*self.ema.parameters()], [*self.net.parameters()], 1 - decay)
@@ -259,7 +262,7 @@ def load_teacher(s, data, saved):
     if meta["tokenizer"] != data.spec:
         raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
                        f"{s.data} gives: name the data it was trained on")
-    return net.requires_grad_(False).to(s.weights), name
+    return net.to(s.weights), name
 
 
 # ---- a stage ------------------------------------------------------------------------------------
@@ -301,6 +304,8 @@ def run_stage(args, stage, data):
         kept |= {"fake": fake, "fake_optimizer": follower.optimizer}
     if stage == "dcd":
         kept["round_teacher"] = teacher
+    if teacher:
+        teacher.freeze(torch.bfloat16 if s.dtype == "bfloat16" else None)
     if saved:
         for name, part in kept.items():
             part.load_state_dict(saved[name])

@@ -192,24 +192,48 @@ def test_link_by_simulation():
         assert_law(w.argmax(-1), kernel(27, alpha.item())[4])
 
 
-@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
-def test_soft_corrupt(t):
-    """soft_corrupt is softmax(w / tau) of the dense w with the same noise; its argmax follows q."""
-    K, tau = 40, 5e-3
-    process = Uniform(K)
-    x_0 = torch.randint(K, (2, 30), generator=seeded(2))
-    times = torch.tensor([t, t / 2], **f64)
-    (weights, ids), z = process.soft_corrupt(x_0, times, seeded(3), tau)
-    xi = torch.randn(60, K, generator=seeded(3), **f64).view(2, 30, K)
-    scale, std, alpha, _ = (value[:, None, None] for value in process.gaussian(times))
-    w = scale * torch.nn.functional.one_hot(x_0, K) + std * xi
-    found = torch.zeros_like(w).scatter_add_(2, ids, weights)
-    assert weights.shape[-1] < K and torch.allclose(found, (w / tau).softmax(-1), atol=1e-12)
-    assert torch.equal(z, w.argmax(-1))
+def ks(x, y):
+    """Largest distance of two empirical distribution functions, in units where 1.95 has p = 0.001."""
+    x, y, every = x.sort().values, y.sort().values, torch.cat([x, y])
+    F, G = (torch.searchsorted(v, every, right=True) / len(v) for v in (x, y))
+    return ((F - G).abs().max() * math.sqrt(len(x) * len(y) / (len(x) + len(y)))).item()
 
-    many = torch.full((1, 20_000), 7)
-    _, z = process.soft_corrupt(many, times[:1], seeded(4))
-    assert_law(z, kernel(K, alpha[0].item())[7])
+
+@pytest.mark.parametrize("tau, k", [(5e-3, 4), (1.0, 6)])
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_soft_corrupt(t, tau, k):
+    """softmax(w / tau), w = scale x_0 + std xi: its argmax follows q, and its largest entries, the
+    differences of two noise coordinates and the places have the law of the dense computation."""
+    K, n, token = 7, 40_000, 2
+    process, times = Uniform(K), torch.tensor([t], **f64)
+    scale, std, alpha, _ = process.gaussian(times)
+    (weights, ids), z = process.soft_corrupt(torch.full((1, n), token), times, seeded(3), tau, k=k)
+    weights, ids = weights[0], ids[0]
+    assert_law(z[0], kernel(K, alpha.item())[token])
+    assert torch.equal(z[0], ids[:, 0]) and (ids.sort(1).values.diff(dim=1) > 0).all()
+    w = std * torch.randn(n, K, generator=seeded(4), **f64)
+    w[:, token] += scale
+    top = (w / tau).softmax(-1).sort(-1, descending=True).values
+    for j in range(3 if tau < 0.1 else K):                 # beyond: float32 has nothing but 0
+        assert ks(weights[:, j], top[:, j]) < 1.95
+    second = ids[:, 1][ids[:, 0] == token]                 # which noise is the largest: any
+    assert_law(second, torch.full((K,), 1 / (K - 1), **f64).index_fill(0, torch.tensor(token), 0))
+    if tau == 1.0:                                         # nothing is left out: all of w but a sum
+        assert ids.shape[1] == K
+        w = torch.zeros(n, K, **f64).scatter_(1, ids, weights.log())
+        noise = (w[:, 5] - w[:, 6]) / (std * math.sqrt(2))
+        assert ks(noise, torch.randn(n, generator=seeded(5), **f64)) < 1.95
+        own = (w[:, token] - w[:, 0] - scale) / (std * math.sqrt(2))
+        assert ks(own, torch.randn(n, generator=seeded(6), **f64)) < 1.95
+        assert abs(torch.corrcoef(torch.stack([noise, own]))[0, 1]) < 4 / math.sqrt(n)
+
+
+def test_soft_corrupt_takes_more_entries_where_ties_demand():
+    """All 49 noise coordinates lie within 25 tau of the largest: none may be left out."""
+    x_0, t = torch.zeros(1, 3, dtype=torch.long), torch.tensor([0.9], **f64)
+    (weights, ids), _ = Uniform(50).soft_corrupt(x_0, t, seeded(7), tau=1.0)
+    assert ids.shape[-1] == 50 and (ids.sort(-1).values[0] == torch.arange(50)).all()
+    assert Uniform(50).soft_corrupt(x_0, t, seeded(7), tau=1e-6)[0][0].shape[-1] == 17
 
 
 @pytest.mark.parametrize("K", [2, 5])

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import idlm_loss
-from idlm_loss import (hard_gap, marginal_gap, pad_topk, soft_fake_loss,
-                       soft_generator_loss, soft_state, topk_softmax, uniform_fake_loss,
+from idlm_loss import (hard_gap, is_enough, marginal_gap, soft_fake_loss,
+                       soft_generator_loss, soft_state, top_entries, uniform_fake_loss,
                        uniform_generator_loss, uniform_nelbo)
 from model import TokenEmbedding
 from teacher import Uniform, dcd_loss, duo_loss, hard_nelbo
@@ -37,6 +37,15 @@ def smallest_safe_k(w, tau):
     """One more than the entries within 25 tau of their row's largest, at most K."""
     near = w.max(-1, keepdim=True).values - w <= 25 * tau
     return min(near.sum(-1).max().item() + 1, w.shape[-1])
+
+
+def topk_softmax(w, tau, k=16):
+    """softmax(w / tau) as its k largest entries, k doubled until it is: as soft_state goes about."""
+    while True:
+        top, ids = top_entries(w, k := min(k, w.shape[1]))
+        if k == w.shape[1] or is_enough(top[:, 0] - top[:, -1], tau):
+            return (top / tau).softmax(-1), ids
+        k *= 2
 
 
 @pytest.mark.parametrize("t, enough", [(1e-3, True), (0.2, True), (0.9, True)])
@@ -76,11 +85,10 @@ def test_ties_raise_k():
     assert topk_softmax(-w, tau)[0].shape == (6, K)
 
 
-def test_pad_topk():
-    parts = [torch.ones(2, 3), torch.ones(1, 5)]
-    padded = pad_topk(parts, value=-torch.inf)
-    assert padded.shape == (3, 5) and (padded[:2, 3:] == -torch.inf).all()
-    assert torch.equal(padded[2], torch.ones(5)) and torch.equal(padded[:2, :3], torch.ones(2, 3))
+def state_noise(seed, *shape, dtype=torch.float64):
+    """The noise that soft_state draws over the words, from a seed that its generator gives."""
+    inner = torch.randint(2 ** 62, (), generator=seeded(seed)).item()
+    return torch.randn(shape, generator=seeded(inner), dtype=dtype)
 
 
 def dense_state(logits, scale, std, xi, tau):
@@ -106,8 +114,8 @@ def test_soft_embedding_in_float32(scale, std):
     embed, direction = TokenEmbedding(K, 8), torch.randn(n, 8, generator=rng)
     scale, std = torch.tensor([scale]), torch.tensor([std])
     (weights, ids), z = soft_state(Fixed(logits), logits, scale, std, K, tau, seeded(3))
-    xi = torch.randn(n, K, generator=seeded(3))
-    dense, z_dense = dense_state(logits, scale, std, xi[None], tau)
+    xi = state_noise(3, 1, n, K, dtype=torch.float32)
+    dense, z_dense = dense_state(logits, scale, std, xi, tau)
     assert weights.shape[-1] <= 128 and torch.equal(z, z_dense)
     found, truth = embed((weights, ids)), embed(dense)
     assert torch.allclose(found, truth, rtol=0, atol=1e-6)
@@ -149,12 +157,14 @@ class Setting:
     def hard_state(self, seed, logits=None):
         """z ~ q(. | y): y by inverting the cumulative distribution at the same uniforms."""
         G = (self.logits if logits is None else logits).detach().softmax(-1)
-        u = torch.rand(B * L, generator=seeded(seed), **f64).view(B, L, 1)
+        u = torch.zeros(B, L, **f64)
+        u[self.keep] = torch.rand(int(self.keep.sum()), generator=seeded(seed), **f64)
+        u = u[..., None]
         y = (G.cumsum(-1) <= u).sum(-1)
         return torch.where(self.keep, y, self.noise)
 
     def soft_state(self, seed, tau, logits=None):
-        xi = torch.randn(B * L, self.K, generator=seeded(seed), **f64).view(B, L, self.K)
+        xi = state_noise(seed, B, L, self.K)
         return dense_state(self.logits if logits is None else logits, *self.args(True)[:2], xi, tau)
 
     def rows(self, net, x, soft):
@@ -295,9 +305,8 @@ def test_duo_loss(soft):
     loss = duo_loss(net, process, x_0, seeded(12), soft=soft, t=t)
     if soft:
         scale, std, a, dalpha = (value[:, None, None] for value in process.gaussian(t))
-        xi = torch.randn(B * L, K, generator=seeded(12), **f64).view(B, L, K)
-        w = scale * F.one_hot(x_0, K) + std * xi
-        x_in, z = (w / 1e-3).softmax(-1), w.argmax(-1)
+        (weights, ids), z = process.soft_corrupt(x_0, t, seeded(12))
+        x_in = torch.zeros(B, L, K, **f64).scatter(2, ids, weights)
     else:
         a, dalpha = (value[:, None, None] for value in process.alpha(t))
         x_in = z = process.corrupt(x_0, t, seeded(12))
@@ -378,10 +387,9 @@ def test_chunked_equals_whole(name, monkeypatch):
         assert close(found, g)
 
 
-def test_chunks_of_unequal_k(monkeypatch):
-    """Text 0 is far from ties, text 1 is all ties: its chunks need a larger k, and the padding of
-    the others carries neither weight nor gradient. (It repeats word 0, which is G's favourite in
-    text 0 and has noise below 0 somewhere: as an entry without noise it would win there.)"""
+def test_one_row_of_ties_raises_k_for_all(monkeypatch):
+    """Text 0 is far from ties, text 1 is all ties: every row gets all the words, of the same noise
+    as at first, and what it does not need carries neither weight nor gradient."""
     K, tau = 32, 1e-3
     logits = torch.randn(B, L, K, generator=seeded(23), **f64)
     logits[0, :, 0] += 6
@@ -389,10 +397,9 @@ def test_chunks_of_unequal_k(monkeypatch):
     scale, std = torch.tensor([.9, 1e-3], **f64), torch.tensor([.05, 1e-3], **f64)
     monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", K)
     (weights, ids), z = soft_state(Fixed(logits), logits, scale, std, K, tau, seeded(24))
-    xi = torch.randn(B, L, K, generator=seeded(24), **f64)
-    assert (xi[0, :, 0] < 0).any()
+    xi = state_noise(24, B, L, K)
     dense, z_dense = dense_state(logits, scale, std, xi, tau)
-    assert weights.shape == (B, L, K) and (weights[0, :, 16:] == 0).all()
+    assert weights.shape == (B, L, K) and (weights[0, :, 16:] < 1e-20).all()
     assert torch.equal(z, z_dense)
     found = torch.zeros_like(dense).scatter_add(2, ids, weights)
     assert torch.allclose(found, dense, atol=1e-12)
