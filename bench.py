@@ -88,14 +88,12 @@ def iteration(args, process, rng):
     generator, fake, teacher = (network(args, V, dropout=args.dropout) for _ in range(3))
     nets = generator, fake, teacher.eval().freeze(torch.bfloat16 if args.cuda else None)
     weights = [p.detach() for p in generator.parameters()]
-    for p in (*generator.parameters(), *fake.parameters()):
-        p.grad = torch.zeros_like(p)
     ema = [w.clone() for w in weights] if args.ema else []
 
     def loss(which):
         torch.compiler.cudagraph_mark_step_begin()
         fake.train(which == "fake").requires_grad_(which == "fake")
-        (fake if which == "fake" else generator).zero_grad(set_to_none=False)
+        (fake if which == "fake" else generator).zero_grad()
         x_0 = torch.randint(process.K, (B, L), generator=rng)
         t, t_tilde = stratified_times(B, rng), stratified_times(B, rng)[torch.randperm(B)]
         args.amp(idlm_step)(which, args, process, *nets, x_0, t, t_tilde, rng).backward()

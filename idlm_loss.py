@@ -369,7 +369,7 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     """
     B, L, _ = h_g.shape
     scale, std = rows_of(scale, L, h_g.device), rows_of(std, L, h_g.device)
-    seed, k = torch.randint(2 ** 62, (), generator=rng, device=rng.device).item(), 16
+    seed, k = torch.randint(2 ** 62, (), generator=rng, device=rng.device).item(), 24
     run = compiled(on_logits) if COMPILE else on_logits
     while True:                                            # which entries survive, and their noise
         found, k, noise_rng = [], min(k, K), torch.Generator(h_g.device).manual_seed(seed)
@@ -377,13 +377,15 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
             for h, s, d in zip(*(x.split(rows_at_once(K)) for x in (h_g.flatten(0, 1), scale, std))):
                 xi = torch.randn(len(h), K, generator=noise_rng, device=h.device, dtype=s.dtype)
                 top, ids = run(noisy_top, K, (generator,), h, xi, s, d, k)
-                found.append((top[:, 0] - top[:, -1], ids, d * xi.gather(1, ids)))
-        spread, ids, noise = (torch.cat(parts) for parts in zip(*found))
-        if k == K or is_enough(spread, tau):
+                found.append((top, ids, d * xi.gather(1, ids)))
+        top, ids, noise = (torch.cat(parts) for parts in zip(*found))
+        if k == K or is_enough(top[:, 0] - top[:, -1], tau):
             break
         k *= 2                                             # the same noise again: no row is favoured
-    weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau,
-                      chunk=4)
+    weights = (top / tau).softmax(-1)
+    if torch.is_grad_enabled():                            # the same, as a function of G
+        weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau,
+                          chunk=4)
     return (weights.view(B, L, -1), ids.view(B, L, -1)), ids[:, 0].contiguous().view(B, L)
 
 

@@ -179,13 +179,12 @@ class Trainee:
         self.ema = copy.deepcopy(net).eval().requires_grad_(False) if averaged else None
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, s.beta2),
                                            weight_decay=0.0, fused=s.device.type in ("cuda", "cpu"))
-        for p in net.parameters():       # a lasting place: CUDA graphs overwrite what they return
-            p.grad = torch.zeros_like(p)
 
     def update(self, step, part, loss_of):
         """One optimiser update: loss_of(m, M) over the micro-batches of this process, gradients
         averaged over all processes and clipped. Returns mean loss and gradient norm."""
         s, total, M = self.s, 0.0, self.s.batch_size // self.s.micro_batch
+        weights = [*self.net.parameters()]
         for m in range(s.rank, M, s.world):
             torch.manual_seed(-key_of(s, step, part, m))   # dropout; seeds of `batch` are positive
             torch.compiler.cudagraph_mark_step_begin()
@@ -193,21 +192,24 @@ class Trainee:
                 loss = loss_of(m, M) / M
             loss.backward()
             total += loss.detach()
+            if m == s.rank and m + s.world < M:            # out of the CUDA graph's memory, which
+                for p in weights:                          # its next replay overwrites
+                    p.grad = p.grad.clone()
         if s.world > 1:                  # once, after the last micro-batch: what DDP's no_sync does
-            shares = [total, *(p.grad for p in self.net.parameters())]
+            shares = [total, *(p.grad for p in weights)]
             sums = parameters_to_vector(shares)
             dist.all_reduce(sums)
             vector_to_parameters(sums, shares)
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
+        norm = torch.nn.utils.clip_grad_norm_(weights, CLIP)
         # linear warm-up, then a cosine to a tenth
         factor = 0.55 + 0.45 * math.cos(math.pi * min(1, step / s.updates))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor * min(1, (step + 1) / max(1, s.warmup))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         if self.ema is not None:         # early on a shorter average, not mostly the start
             decay = min(s.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_([*self.ema.parameters()], [*self.net.parameters()], 1 - decay)
+            torch._foreach_lerp_([*self.ema.parameters()], weights, 1 - decay)
         return total, norm
 
 
