@@ -288,7 +288,8 @@ def run_stage(args, stage, data):
         teacher, meta["teacher"] = load_teacher(s, data, saved)
         latent_dim = LATENT_DIM if stage == "idlm" and s.latent == "gaussian" else 0
         config = replace(teacher.config, latent_dim=latent_dim, dropout=s.dropout)
-    meta |= {"config": asdict(config), "args": {k: str(v) for k, v in vars(s).items()}}
+    flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
+    meta |= {"config": asdict(config), "args": flags}
     if saved and saved["config"] != meta["config"]:
         raise BadInput(f"{path} holds a network of another shape, {saved['config']}: repeat its "
                        "flags, or choose another folder with --out")
@@ -408,6 +409,8 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.init_from:                   # a wrong one is told before hours of tokenising
+        checkpoint.load_network(args.init_from, "cpu", args.process)
     data = TextData(s.data, s.tokenizer, s.block_size)
     print(f"{args.process}, preset {args.preset}, {args.device}, {args.dtype}, compile "
           f"{'on' if args.compile else 'off'}, seed {args.seed}, in {args.out}\n{s.data}: {data.K} "

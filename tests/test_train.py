@@ -20,9 +20,11 @@ import torch
 import checkpoint
 import evaluate
 import idlm_loss
+import sample
 import train
 from data import BadInput
 from teacher import EPS
+from test_checkpoint import synthetic, write
 
 ROOT = Path(train.__file__).parent
 WORDS = "the king and queen of a land went to see one good man in his old red house".split()
@@ -773,6 +775,35 @@ def test_unknown_flag_values(flags, capsys):
     with pytest.raises(SystemExit) as error:
         run(flags)
     assert error.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+
+
+def test_a_wrong_teacher_is_told_before_the_text_is_read():
+    Path("torn.safetensors").write_bytes(b"\x08")
+    with pytest.raises(BadInput, match="torn.safetensors is truncated"):
+        run("--stage idlm --init_from torn.safetensors --data none.txt")
+
+
+@pytest.mark.parametrize("process", ["mdlm", "duo"])
+def test_a_published_teacher_is_distilled_exported_and_evaluated(process, capsys):
+    """The way of the README, with a small network of the published names and shapes: the preset of
+    the paper, the export bit for bit, and the export as a model to evaluate."""
+    Path("text.txt").write_text(TEXT * 5)
+    chars = "".join(sorted({"\n", *TEXT}))
+    write(Path("tiny-" + process), synthetic(V=len(chars) + 1, layers=1),
+          tokenizer={"name": "char", "chars": chars})
+    train.main(f"--stage idlm --preset owt --process {process} --init_from tiny-{process} "
+               "--data text.txt --tokenizer char --updates 2 --batch_size 4 --micro_batch 2 "
+               "--block_size 16 --device cpu --no-compile".split())
+    state = load(f"{process}/idlm")
+    assert state["config"]["width"] == 128 and state["teacher"] == f"tiny-{process}"
+    sample.main(["--process", process, "--export", "exported"])
+    net, meta = checkpoint.load_network("exported", process=process)
+    assert_same(dict(net.state_dict()), dict(state["ema"]))
+    assert meta["config"] == state["config"] and "0x" not in json.dumps(meta)
+    evaluate.main(f"--process {process} --init_from exported --judge none --steps 2 --num_texts 8 "
+                  "--temperatures 1 --ending greedy --metrics entropy --device cpu".split())
+    found = {r["model"]: r["entropy"] for r in evaluate.load_records(f"out/{process}/eval.json")}
+    assert found["exported"] == found["idlm"] > 0
 
 
 def test_exit_code_of_the_script():
