@@ -3,9 +3,10 @@
 
 The row is cached as uint16, keyed by content and tokenizer, beside a small JSON of how far it is
 done: a killed run goes on there, and of several processes one writes while the others wait. Memory
-stays at a group of documents. A hub data set is keyed by its name: once done, its row needs neither
-network nor data set. The last `val_fraction` of the documents (at most `val_documents`) validate,
-or of the tokens where that is not one document. To reuse: copy this file alone.
+holds a group of documents (all of them once for `char`, to see which there are). A hub data set is
+keyed by its name: once done, its row needs neither network nor data set. The last `val_fraction` of
+the documents (at most `val_documents`) validate, or of the tokens where that is not one document.
+To reuse: copy this file alone.
 """
 import glob
 import hashlib
