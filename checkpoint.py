@@ -127,7 +127,8 @@ def load_network(name_or_path, device="cpu", process=None):
     fitting = {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
     if V not in fitting or process not in (None, is_a):
         raise BadInput(f"{name} is a {is_a} network of {V} words, which does not fit process "
-                       f"{process or is_a} with a tokenizer of {K} words")
+                       f"{process or is_a} with a tokenizer of {K} words; give its --process or "
+                       "another checkpoint")
     return net.to(device).eval(), meta
 
 

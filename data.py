@@ -2,12 +2,16 @@
 """Text to tokens: a text file, a glob or a hub data set as one memory-mapped row of token ids.
 
 The row is cached as uint16, keyed by content and tokenizer, beside a small JSON of how far it is
-done: a killed run goes on there. The last `val_fraction` of the documents (at most `val_documents`)
-validate, or of the tokens where that is not one document. To reuse: copy this file alone.
+done: a killed run goes on there, and of several processes one writes while the others wait. Memory
+holds a group of documents (all of them once for `char`, to see which there are). A hub data set is
+keyed by its name: once done, its row needs neither network nor data set. The last `val_fraction` of
+the documents (at most `val_documents`) validate, or of the tokens where that is not one document.
+To reuse: copy this file alone.
 """
 import glob
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import fsspec                               # comes with torch
 import numpy as np
 import tiktoken
 import torch
+from filelock import FileLock               # comes with torch
 from tqdm import tqdm
 
 GROUP = 1000                                # documents between two records of progress
@@ -52,24 +57,29 @@ def read_text(path):
 
 
 def find_documents(source):
-    """-> their number, read(i, j) -> list of str, what tells this content from other content."""
+    """-> what tells this content from other content, a function -> number of documents, read(i, j)
+    -> list of str. Of a hub data set only that function asks the hub."""
     paths = sorted(filter(os.path.isfile, {source, *glob.glob(source, recursive=True)}))
     if paths:
         digests = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths]
-        return len(paths), lambda i, j: [read_text(path) for path in paths[i:j]], digests
+        return digests, lambda: (len(paths), lambda i, j: [read_text(path) for path in paths[i:j]])
     if not source or "*" in source or source.endswith((".txt", ".gz", ".xz")):
         raise BadInput(f"there is no text file at {source!r}; check --data")
-    try:
-        import datasets
-        name, _, config = source.partition(":")
-        found = datasets.load_from_disk(source) if os.path.isdir(source) else \
-            datasets.load_dataset(name, config or None, split="train")
-        found = (found["train"] if isinstance(found, dict) else found).select_columns("text")
-    except Exception as error:
-        raise BadInput(f"{source!r} as a data set with a train split and a text column gave "
-                       f"{type(error).__name__}; give a folder that save_to_disk wrote, or set "
-                       "HF_HOME to a cache that holds it") from None
-    return len(found), lambda i, j: found[i:j]["text"], [found._fingerprint]
+
+    def load():
+        try:
+            import datasets
+            name, _, config = source.partition(":")
+            found = datasets.load_from_disk(source) if os.path.isdir(source) else \
+                datasets.load_dataset(name, config or None, split="train")
+            return (found["train"] if isinstance(found, dict) else found).select_columns("text")
+        except Exception as error:
+            raise BadInput(f"{source!r} as a data set with a train split and a text column gave "
+                           f"{type(error).__name__}; give a folder that save_to_disk wrote, or set "
+                           "HF_HOME to a cache that holds it") from None
+
+    content = [load()._fingerprint] if os.path.isdir(source) else source
+    return content, lambda: (len(found := load()), lambda i, j: found[i:j]["text"])
 
 
 class TextData:
@@ -77,24 +87,42 @@ class TextData:
 
     def __init__(self, source="data/shakespeare.txt", tokenizer="char", block_size=256,
                  cache="out/cache", val_fraction=0.04, val_documents=100_000):
-        n, read, content = find_documents(source)
-        val_from = n - min(val_documents, int(n * val_fraction))
-        key = hashlib.sha256(json.dumps([content, tokenizer, val_from]).encode()).hexdigest()[:16]
-        path, record = Path(cache, key + ".bin"), Path(cache, key + ".json")
+        content, open_documents = find_documents(source)
+        key = json.dumps([content, tokenizer, val_fraction, val_documents])
+        path = Path(cache, hashlib.sha256(key.encode()).hexdigest()[:16] + ".bin")
         path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):            # a kill opens it
+            state = self.tokenise(path, tokenizer, open_documents, val_fraction, val_documents)
+        self.block_size, self.spec, n = block_size, state["spec"], state["tokens"]
+        self.tokenizer = get_tokenizer(self.spec)
+        self.K = self.tokenizer.n_vocab
+        at = state["val_start"] or n - max(block_size, int(val_fraction * n))
+        if min(at, n - at) < block_size:
+            raise BadInput(f"{source} holds {n} tokens, too few to train and to validate on blocks "
+                           f"of {block_size}; give more text or smaller blocks")
+        self.train, self.val = np.split(np.memmap(path, np.uint16, "r", shape=n), [at])
+
+    @staticmethod
+    def tokenise(path, tokenizer, open_documents, val_fraction, val_documents):
+        """Write what is missing of the row. -> its record"""
         path.touch()
-        record.touch()
-        state = json.loads(record.read_text() or "null")     # empty: new, or killed while writing
-        if not state or path.stat().st_size < 2 * state["tokens"]:    # nothing done, or it is lost
-            state = {"spec": {"name": tokenizer}, "documents": 0, "tokens": 0, "val_start": 0}
+        record, new = path.with_suffix(".json"), path.with_suffix(".tmp")
+        state = json.loads(record.read_text()) if record.exists() else {"tokens": math.inf}
+        lost = path.stat().st_size < 2 * state["tokens"]      # or nothing is done yet
+        if not lost and state["documents"] == state["of"]:
+            return state
+        n, read = open_documents()
+        if lost or state["of"] != n:
+            state = {"spec": {"name": tokenizer}, "documents": 0, "of": n, "tokens": 0,
+                     "val_start": 0}
             if tokenizer == "char":
                 state["spec"]["chars"] = "".join(sorted({"\n"}.union(*read(0, n))))
-        self.block_size, self.spec, bpe = block_size, state["spec"], get_tokenizer(state["spec"])
-        self.tokenizer, self.K = bpe, bpe.n_vocab
+        val_from, bpe = n - min(val_documents, int(n * val_fraction)), get_tokenizer(state["spec"])
         between = encode(bpe, "\n\n") if tokenizer == "char" else [bpe.eot_token]
         with open(path, "r+b") as file:
             file.seek(2 * state["tokens"])
-            for i in tqdm(range(state["documents"], n, GROUP), "tokens", leave=False, disable=None):
+            groups = range(state["documents"], n, GROUP)
+            for i in tqdm(groups, f"groups of {GROUP} documents", leave=False, disable=None):
                 rows = bpe.encode_ordinary_batch(read(i, i + GROUP))
                 for j, ids in enumerate(rows, i):
                     file.write(np.uint16(between if j else []))
@@ -104,13 +132,9 @@ class TextData:
                 file.flush()
                 os.fsync(file.fileno())     # the tokens are safe before the record says so
                 state.update(documents=i + len(rows), tokens=file.tell() // 2)
-                record.write_text(json.dumps(state))
-        n = state["tokens"]
-        at = state["val_start"] or n - max(block_size, int(val_fraction * n))
-        if min(at, n - at) < block_size:
-            raise BadInput(f"{source} holds {n} tokens, too few to train and to validate on blocks "
-                           f"of {block_size}; give more text or smaller blocks")
-        self.train, self.val = np.split(np.memmap(path, np.uint16, "r", shape=n), [at])
+                new.write_text(json.dumps(state))
+                os.replace(new, record)
+        return state
 
     def train_text(self, max_tokens=2 ** 26):
         return self.tokenizer.decode(self.train[:max_tokens].tolist())
@@ -119,10 +143,11 @@ class TextData:
         rows = tokens[start[:, None].numpy() + np.arange(self.block_size)]
         return torch.from_numpy(rows.astype(np.int64))
 
-    def batch(self, split, B, rng):
+    def batch(self, split, B, rng, part=slice(None)):
+        """Random windows (B, L). part: which of the B are wanted; only they are read."""
         tokens = getattr(self, split)
         windows = len(tokens) - self.block_size + 1
-        return self.blocks(tokens, torch.randint(windows, (B,), generator=rng))
+        return self.blocks(tokens, torch.randint(windows, (B,), generator=rng)[part])
 
     def val_blocks(self, n):
         """The same n blocks every time, evenly spread; fewer where the text has fewer."""

@@ -27,6 +27,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -45,21 +46,24 @@ PRESETS = {
     # 2 CPU cores: six minutes for everything. Characters of Shakespeare.
     "laptop": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x128", dropout=0.0,
-        batch_size=64, micro_batch=64, ema=0.999, warmup=100, beta2=0.95, save_every=600,
+        batch_size=64, micro_batch=64, ema=0.999, warmup=100, decay=0.1, beta2=0.95, save_every=600,
         teacher=dict(updates=1200, lr=2e-3), judge=dict(updates=600, lr=2e-3),
         dcd=dict(updates=300, lr=3e-4, batch_size=32),
         idlm=dict(updates=700, lr=1e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20)),
     # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384", dropout=0.1,
-        batch_size=128, micro_batch=128, ema=0.999, warmup=200, beta2=0.95, save_every=2000,
+        batch_size=128, micro_batch=128, ema=0.999, warmup=200, decay=0.1, beta2=0.95,
+        save_every=2000,
         teacher=dict(updates=10_000, lr=1e-3), judge=dict(updates=3000, lr=1e-3),
         dcd=dict(updates=2000, lr=1e-4),
         idlm=dict(updates=3000, lr=3e-5, fake_lr=3e-4, ema=0.99, warmup=50)),
-    # The paper's recipe: 169M parameters, batch 512, the published optimiser. Days on eight GPUs.
+    # The paper's recipe: 169M parameters, batch 512, the published optimiser, whose rate stays as
+    # it is after warm-up. The hub has the data set's parquet files under this name: no remote code.
     "owt": dict(
-        data="openwebtext", tokenizer="gpt2", block_size=1024, size="12x12x768", dropout=0.1,
-        batch_size=512, micro_batch=8, ema=0.9999, warmup=2500, beta2=0.999, save_every=1000,
+        data="Skylion007/openwebtext", tokenizer="gpt2", block_size=1024, size="12x12x768",
+        dropout=0.1, batch_size=512, micro_batch=8, ema=0.9999, warmup=2500, decay=1.0, beta2=0.999,
+        save_every=1000,
         teacher=dict(updates=1_000_000, lr=3e-4), judge=dict(updates=100_000, lr=3e-4),
         dcd=dict(updates=50_000, lr=6e-5), idlm=dict(updates=100_000, lr=1e-6, fake_lr=1e-6)),
 }
@@ -201,8 +205,8 @@ class Trainee:
             dist.all_reduce(sums)
             vector_to_parameters(sums, shares)
         norm = torch.nn.utils.clip_grad_norm_(weights, CLIP)
-        # linear warm-up, then a cosine to a tenth
-        factor = 0.55 + 0.45 * math.cos(math.pi * min(1, step / s.updates))
+        # linear warm-up, then a cosine down to the share `decay`
+        factor = 1 - (1 - s.decay) * (1 - math.cos(math.pi * min(1, step / s.updates))) / 2
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor * min(1, (step + 1) / max(1, s.warmup))
         self.optimizer.step()
@@ -289,7 +293,8 @@ def run_stage(args, stage, data):
         teacher, meta["teacher"] = load_teacher(s, data, saved)
         latent_dim = LATENT_DIM if stage == "idlm" and s.latent == "gaussian" else 0
         config = replace(teacher.config, latent_dim=latent_dim, dropout=s.dropout)
-    meta |= {"config": asdict(config), "args": {k: str(v) for k, v in vars(s).items()}}
+    flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
+    meta |= {"config": asdict(config), "args": flags}
     if saved and saved["config"] != meta["config"]:
         raise BadInput(f"{path} holds a network of another shape, {saved['config']}: repeat its "
                        "flags, or choose another folder with --out")
@@ -320,14 +325,14 @@ def run_stage(args, stage, data):
 
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
-        x_0 = data.batch("train", s.batch_size, rng)
+        x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
         t, t_tilde = (stratified_times(s.batch_size, rng) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
         if s.latent == "gaussian":
             t_tilde[torch.rand(s.batch_size, generator=rng) < FULL_NOISE] = 1.0
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
-        return x_0[m::M], t[m::M], t_tilde[m::M], rng
+        return x_0, t[m::M], t_tilde[m::M], rng
 
     # Losses stay on the device until a line is due: the host does not wait for them in between.
     rows, clock, tick = [], time.time(), max(1, min(50, s.updates // 20))
@@ -405,11 +410,14 @@ def main(argv=None):
     if s.world > 1:
         if args.device.type == "cuda":
             torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))   # another machine may tokenise longer
     if s.rank:                           # one process speaks
         sys.stdout = open(os.devnull, "w")
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.init_from:                   # a wrong one is told before hours of tokenising
+        checkpoint.load_network(args.init_from, "cpu", args.process)
     data = TextData(s.data, s.tokenizer, s.block_size)
     print(f"{args.process}, preset {args.preset}, {args.device}, {args.dtype}, compile "
           f"{'on' if args.compile else 'off'}, seed {args.seed}, in {args.out}\n{s.data}: {data.K} "

@@ -2,6 +2,8 @@
 import gzip
 import lzma
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,9 @@ def test_batch_is_of_windows_of_the_text(tmp_path, source, rng):
     train, val = x.train_text(), x.tokenizer.decode(x.val.tolist())
     assert all(x.tokenizer.decode(row.tolist()) in train for row in rows)
     assert all(x.tokenizer.decode(row.tolist()) in val for row in x.batch("val", 64, rng))
+    for part in (slice(1, None, 4), slice(0)):
+        again = x.batch("train", 64, torch.Generator().manual_seed(0), part)
+        assert torch.equal(again, rows[part])
     again = x.batch("train", 64, torch.Generator().manual_seed(0))
     assert torch.equal(rows, again) and not torch.equal(rows, x.batch("train", 64, rng))
 
@@ -171,9 +176,9 @@ class Killed(BaseException):
 @pytest.mark.parametrize("loss", ["nothing", "unwritten", "torn", "everything"])
 def test_killed_anywhere_and_continued_gives_the_same_file(tmp_path, folder, byte_gpt2, monkeypatch,
                                                            tokenizer, loss):
-    """A kill at every fsync and in every writing of the record in turn, which leaves it empty. What
-    the disk then holds of the bytes after the last record: all, none, or noise; or the whole file
-    is gone. Work that is on record is not redone."""
+    """A kill at every fsync and in every writing of the record in turn, halfway. What the disk then
+    holds of the bytes after the last record: all, none, or noise; or the whole file is gone. Work
+    that is on record is not redone."""
     monkeypatch.setattr(data, "GROUP", 3)
     fsync, write_text, batch = os.fsync, Path.write_text, tiktoken.Encoding.encode_ordinary_batch
     settings = dict(tokenizer=tokenizer, block_size=4)
@@ -188,7 +193,7 @@ def test_killed_anywhere_and_continued_gives_the_same_file(tmp_path, folder, byt
                 calls.append(function)
                 if len(calls) == kill_at + 1:
                     if function is write_text:
-                        write_text(target, "")
+                        write_text(target, args[0][:9])
                     raise Killed
                 return function(target, *args)
             return call
@@ -201,7 +206,8 @@ def test_killed_anywhere_and_continued_gives_the_same_file(tmp_path, folder, byt
                 break                       # it lived through all its calls
             except Killed:
                 kills += 1
-        part, record = next(cache.glob("*.bin")), next(cache.glob("*.json")).read_text()
+        part = next(cache.glob("*.bin"))
+        record = "".join(file.read_text() for file in cache.glob("*.json"))
         records = calls[:-1].count(write_text) if record else 0
         if loss != "nothing":
             done = data.json.loads(record)["tokens"] if record else 0
@@ -217,19 +223,19 @@ def test_killed_anywhere_and_continued_gives_the_same_file(tmp_path, folder, byt
     assert kills == 5 * 2                   # five groups, each synced and recorded
 
 
-def test_two_runs_at_once_write_one_file(tmp_path, folder, byte_gpt2, monkeypatch):
-    """Another run does all of the work in the middle of this one's."""
+def test_of_runs_at_once_one_writes_and_the_others_wait(tmp_path, folder, byte_gpt2, monkeypatch):
     monkeypatch.setattr(data, "GROUP", 3)
-    fsync, inner = os.fsync, []
+    seen, inner = [], tiktoken.Encoding.encode_ordinary_batch
 
-    def interrupted(file):
-        monkeypatch.setattr(os, "fsync", fsync)
-        inner.append(all_tokens(load(tmp_path, folder, tokenizer="gpt2", block_size=4)))
+    def slow(self, texts):
+        time.sleep(0.05)
+        return seen.extend(texts) or inner(self, texts)
 
-    monkeypatch.setattr(os, "fsync", interrupted)
-    outer = all_tokens(load(tmp_path, folder, tokenizer="gpt2", block_size=4))
-    assert inner == [outer] and outer == joined(DOCUMENTS)
-    assert all_tokens(load(tmp_path, folder, tokenizer="gpt2", block_size=4)) == outer
+    monkeypatch.setattr(tiktoken.Encoding, "encode_ordinary_batch", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda _: all_tokens(load(tmp_path, folder, tokenizer="gpt2",
+                                                     block_size=4)), range(4))]
+    assert found == [joined(DOCUMENTS)] * 4 and seen == DOCUMENTS
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -290,6 +296,38 @@ def test_a_hub_data_set_is_read_like_a_saved_one(tmp_path, folder, byte_gpt2, mo
     x = load(tmp_path, "somebody/corpus:part", tokenizer="gpt2", block_size=4)
     assert asked == [(("somebody/corpus", "part"), {"split": "train"})]
     assert all_tokens(x) == joined(DOCUMENTS)
+
+    def offline(*args, **kwargs):
+        raise ConnectionError
+    monkeypatch.setattr(datasets, "load_dataset", offline)    # a whole row asks nobody,
+    x = load(tmp_path, "somebody/corpus:part", tokenizer="gpt2", block_size=4)
+    assert all_tokens(x) == joined(DOCUMENTS)
+    for changed in ({"block_size": 4}, {"tokenizer": "gpt2", "val_documents": 1}):
+        with pytest.raises(BadInput):                          # but only where all is as it was
+            load(tmp_path, "somebody/corpus:part", **changed)
+
+
+def test_a_hub_data_set_that_changed_is_begun_anew(tmp_path, folder, byte_gpt2, monkeypatch):
+    """Half of it is on record when it is killed; then the hub has other documents, and more."""
+    import datasets
+    monkeypatch.setattr(data, "GROUP", 5)
+    saved, groups = datasets.load_from_disk(folder), []
+    inner = tiktoken.Encoding.encode_ordinary_batch
+    longer = datasets.Dataset.from_dict({"text": DOCUMENTS[::-1] + ["more"]})
+
+    def dying(self, texts):
+        if groups:
+            raise Killed
+        return groups.append(1) or inner(self, texts)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: saved)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiktoken.Encoding, "encode_ordinary_batch", dying)
+        with pytest.raises(Killed):
+            load(tmp_path, "somebody/corpus", tokenizer="gpt2", block_size=4)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: longer)
+    x = load(tmp_path, "somebody/corpus", tokenizer="gpt2", block_size=4)
+    assert all_tokens(x) == joined(DOCUMENTS[::-1] + ["more"])
 
 
 def test_unknown_characters_and_tokenizers(tmp_path, source, monkeypatch):

@@ -1,6 +1,6 @@
 """The README says what is true: its files, commands and figures.   python -m pytest tests/test_readme.py
 
-`python tests/test_readme.py` brings the README's line counts up to date.
+`python tests/test_readme.py` brings the README's line counts and costs up to date.
 """
 import json
 import re
@@ -54,6 +54,33 @@ def test_commands_are_understood(command):
         __import__(script[:-3]).parse_args(argv)
 
 
+def costs():
+    """What an IDLM run of the paper costs on the GPU of results/bench_h200.json, as a table: each
+    update is batch_size * block_size tokens, and an accumulated pass is a measured iteration."""
+    import train
+    owt, found = train.PRESETS["owt"], json.loads((ROOT / "results/bench_h200.json").read_text())
+    runs = {r["name"]: r for r in found if r["name"].startswith("train ")}
+    rows = []
+    for flags, kind in (("", "mdlm"), ("--process duo", "hard"),
+                        ("--process duo --uniform_update soft", "soft")):
+        r = runs[f"train {kind} B{owt['micro_batch']}"]
+        assert (r["L"], f"{r['layers']}x12x{r['width']}") == (owt["block_size"], owt["size"])
+        hours = 1000 * owt["batch_size"] * owt["block_size"] / r["tokens_per_s"] / 3600
+        days = hours / 24 * owt["idlm"]["updates"] / 1000
+        name = f"`{flags}`" if flags else "masked"
+        rows.append(f"| {name} | {r['tokens_per_s']:,} | {hours:.1f} | {days:.1f} | "
+                    f"{r['peak_gib']:.1f} |")
+    return "\n".join(["| flags | tokens/s | hours per 1,000 updates | days for "
+                      f"{owt['idlm']['updates']:,} | peak GiB |", "|---|---|---|---|---|", *rows])
+
+
+COSTS = re.compile(r"(?<=<!-- costs -->\n).*?(?=\n<!-- /costs -->)", re.DOTALL)
+
+
+def test_costs_come_from_the_results():
+    assert COSTS.findall(README.read_text()) == [costs()], "run python tests/test_readme.py"
+
+
 def test_results_say_where_they_come_from():
     files = sorted((ROOT / "results").glob("*.json"))
     assert files
@@ -78,4 +105,4 @@ if __name__ == "__main__":
     text = README.read_text()
     for path in program():
         text = re.sub(rf"^(\| `{path.name}` \| )\d+", rf"\g<1>{lines(path)}", text, flags=re.MULTILINE)
-    README.write_text(text)
+    README.write_text(COSTS.sub(lambda match: costs(), text))

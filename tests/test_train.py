@@ -20,15 +20,17 @@ import torch
 import checkpoint
 import evaluate
 import idlm_loss
+import sample
 import train
 from data import BadInput
 from teacher import EPS
+from test_checkpoint import synthetic, write
 
 ROOT = Path(train.__file__).parent
 WORDS = "the king and queen of a land went to see one good man in his old red house".split()
 # Dropout and accumulation are on, steps are large: what goes wrong in them shows in the weights.
 TINY = dict(data="text.txt", tokenizer="char", block_size=16, size="2x2x16", dropout=0.1,
-            batch_size=8, micro_batch=4, ema=0.9, warmup=2, beta2=0.95, save_every=3,
+            batch_size=8, micro_batch=4, ema=0.9, warmup=2, decay=0.1, beta2=0.95, save_every=3,
             teacher=dict(updates=4, lr=1e-2), dcd=dict(updates=4, lr=1e-2),
             idlm=dict(updates=4, lr=1e-2, fake_lr=2e-2), judge=dict(updates=4, lr=1e-2))
 SEEDS = torch.Generator().manual_seed(0)
@@ -387,13 +389,14 @@ def test_accumulation_is_the_mean(monkeypatch):
     assert found[0]["output_layer.linear.bias"].abs().max() > 1e-3
 
 
-def test_update_by_hand():
-    """AdamW without decay, the gradient's norm cut at 1, warm-up of 2, cosine to a tenth, EMA: one
-    weight and a bias, gradients (30, 40), then (0.3, 0.4), ..., written out in plain Python."""
+@pytest.mark.parametrize("decay_to", [0.1, 1.0])
+def test_update_by_hand(decay_to):
+    """AdamW without decay, the gradient's norm cut at 1, warm-up of 2, cosine to a tenth or none,
+    EMA: one weight and a bias, gradients (30, 40), then (0.3, 0.4), ..., in plain Python."""
     net = torch.nn.Linear(1, 1).double()
     s = argparse.Namespace(device=torch.device("cpu"), batch_size=4, micro_batch=2, rank=0, world=1,
                            seed=1, stage="teacher", autocast=nullcontext(), updates=5, warmup=2,
-                           beta2=0.9, ema=0.15)
+                           beta2=0.9, ema=0.15, decay=decay_to)
     trainee = train.Trainee(net, 0.1, s)
     w = [p.item() for p in net.parameters()]
     m, v, ema = [0, 0], [0, 0], list(w)
@@ -402,7 +405,9 @@ def test_update_by_hand():
             0.3 * net.weight + 0.4 * net.bias).sum())
         assert norm.item() == pytest.approx(0.5 * size)
         cut = min(1, 1 / (0.5 * size))
-        lr = 0.1 * min(1, (step + 1) / 2) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / 5)) / 2)
+        lr = 0.1 * min(1, (step + 1) / 2)
+        if decay_to < 1:
+            lr *= 0.1 + 0.9 * (1 + math.cos(math.pi * step / 5)) / 2
         decay = min(0.15, (1 + step) / (10 + step))
         for i, g in enumerate((0.3 * size * cut, 0.4 * size * cut)):
             m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.9 * v[i] + 0.1 * g * g
@@ -547,14 +552,21 @@ DRIVER = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+import tiktoken
 import checkpoint, evaluate, train
 torch.set_num_threads(1)
 train.PRESETS["tiny"] = {TINY!r}
-save, report = checkpoint.save, train.report
+save, report, encode = checkpoint.save, train.report, tiktoken.Encoding.encode_ordinary_batch
 
 def slow_save(path, state):                 # a process that does not wait reads an older file
     time.sleep(0.3)
     save(path, state)
+
+def slow_encode(self, texts):              # and tokenises what another one is at
+    with open("tokenised", "a") as file:
+        file.write("x")
+    time.sleep(0.5)
+    return encode(self, texts)
 
 def dying(s, step, *rest):
     report(s, step, *rest)
@@ -562,23 +574,34 @@ def dying(s, step, *rest):
         sys.exit(7)
 
 checkpoint.save, train.report, train.show = slow_save, dying, lambda *args: None
+tiktoken.Encoding.encode_ordinary_batch = slow_encode
 train.main(sys.argv[1:])
 """
 
 
 def test_two_processes(monkeypatch):
     """All stages of the uniform process by two processes (gloo) as by one: same global batch and
-    micro-batch, float64, parameters and optimisers to 1e-10. Both are cut after update 4 of idlm;
-    one process goes on from the checkpoint at 3."""
+    micro-batch, float64, parameters and optimisers to 1e-10. They begin with no tokens and with a
+    teacher that one process was cut from at 3; both are cut after update 4 of idlm, and one process
+    goes on from the checkpoint at 3."""
     flags = "--preset tiny --process duo --updates 5 --no-compile --dtype float64".split()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
                         "OMP_NUM_THREADS": "1"}
-    pair = [subprocess.Popen([sys.executable, "-c", DRIVER, *flags, "--out", "out/two"], text=True,
-                             env=env | {"RANK": str(i), "LOCAL_RANK": str(i)},
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]
+    with monkeypatch.context() as patch:
+        kill_after(patch, 4)
+        with pytest.raises(Killed):
+            train.main([*flags, "--out", "out/two", "--stage", "teacher"])
+    assert load("two/teacher")["step"] == 3
+    Path("pair").mkdir()                     # where out/cache is empty
+    shutil.copy("text.txt", "pair")
+    out = "--out", "../out/two"
+    pair = [subprocess.Popen([sys.executable, "-c", DRIVER, *flags, *out, "--resume"],
+                             env=env | {"RANK": str(i), "LOCAL_RANK": str(i)}, cwd="pair",
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i in range(2)]
     try:
         monkeypatch.setattr(evaluate, "short_table", lambda *args: None)
         with monkeypatch.context() as patch:
@@ -590,7 +613,9 @@ def test_two_processes(monkeypatch):
             process.kill()
     assert [process.returncode for process in pair] == [7, 7], said
     assert "idlm 4/5" in said[0][0] and said[1][0] == ""                  # one process speaks
-    assert len(Path("out/two/log.jsonl").read_text().splitlines()) == 5 + 5 + 4
+    assert Path("pair/tokenised").read_text() == "x"                      # and one tokenises
+    log = [json.loads(line) for line in Path("out/two/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3, 4, 4, 5] + [1, 2, 3, 4, 5] + [1, 2, 3, 4]
     for stage in ("teacher", "dcd"):
         assert distance(load(f"two/{stage}")["ema"], load(f"one/{stage}")["ema"]) < 1e-10
     assert load("two/idlm")["step"] == 3
@@ -601,7 +626,9 @@ def test_two_processes(monkeypatch):
     for name in ("main_optimizer", "fake_optimizer"):
         for i, state in one[name]["state"].items():
             assert distance(state, two[name]["state"][i]) < 1e-10
-    train.main([*flags, "--out", "out/two", "--resume"])
+    with monkeypatch.context() as patch:
+        patch.chdir("pair")
+        train.main([*flags, *out, "--resume"])
     assert load("two/idlm")["step"] == 5
     assert distance(load("two/idlm")["ema"], load("one/idlm")["ema"]) < 1e-10
 
@@ -628,12 +655,12 @@ def actions(monkeypatch):
 
 
 def test_flags_and_presets(monkeypatch):
-    """At most 25 flags; a preset sets flags or the three settings that are none, nothing unknown;
+    """At most 25 flags; a preset sets flags or the four settings that are none, nothing unknown;
     every stage of every preset finds all it needs."""
     flags = {action.dest for action in actions(monkeypatch)}
     assert len(flags) <= 25
     known = flags - {"process", "stage", "preset", "out", "resume"} | {
-        "warmup", "beta2", "save_every"}
+        "warmup", "decay", "beta2", "save_every"}
     monkeypatch.delitem(train.PRESETS, "tiny")
     assert set(train.PRESETS) == {"laptop", "gpu", "owt"}
     for name, preset in train.PRESETS.items():
@@ -748,6 +775,35 @@ def test_unknown_flag_values(flags, capsys):
     with pytest.raises(SystemExit) as error:
         run(flags)
     assert error.value.code == 2 and flags.split()[0] in capsys.readouterr().err
+
+
+def test_a_wrong_teacher_is_told_before_the_text_is_read():
+    Path("torn.safetensors").write_bytes(b"\x08")
+    with pytest.raises(BadInput, match="torn.safetensors is truncated"):
+        run("--stage idlm --init_from torn.safetensors --data none.txt")
+
+
+@pytest.mark.parametrize("process", ["mdlm", "duo"])
+def test_a_published_teacher_is_distilled_exported_and_evaluated(process, capsys):
+    """The way of the README, with a small network of the published names and shapes: the preset of
+    the paper, the export bit for bit, and the export as a model to evaluate."""
+    Path("text.txt").write_text(TEXT * 5)
+    chars = "".join(sorted({"\n", *TEXT}))
+    write(Path("tiny-" + process), synthetic(V=len(chars) + 1, layers=1),
+          tokenizer={"name": "char", "chars": chars})
+    train.main(f"--stage idlm --preset owt --process {process} --init_from tiny-{process} "
+               "--data text.txt --tokenizer char --updates 2 --batch_size 4 --micro_batch 2 "
+               "--block_size 16 --device cpu --no-compile".split())
+    state = load(f"{process}/idlm")
+    assert state["config"]["width"] == 128 and state["teacher"] == f"tiny-{process}"
+    sample.main(["--process", process, "--export", "exported"])
+    net, meta = checkpoint.load_network("exported", process=process)
+    assert_same(dict(net.state_dict()), dict(state["ema"]))
+    assert meta["config"] == state["config"] and "0x" not in json.dumps(meta)
+    evaluate.main(f"--process {process} --init_from exported --judge none --steps 2 --num_texts 8 "
+                  "--temperatures 1 --ending greedy --metrics entropy --device cpu".split())
+    found = {r["model"]: r["entropy"] for r in evaluate.load_records(f"out/{process}/eval.json")}
+    assert found["exported"] == found["idlm"] > 0
 
 
 def test_exit_code_of_the_script():
