@@ -174,7 +174,8 @@ def variant_of(run):
     kind = kind if run["process"] == "mdlm" else f"uniform {run['uniform_update']}"
     if not run["updates"]:
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
-    skip = "process", "latent", "uniform_update"
+    skip = ["process", "latent", "uniform_update"]         # the others only where they matter
+    skip += ["where", "dim", "scale", "share", "told"] * (run["latent"] == "state")
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
 
@@ -192,7 +193,7 @@ def teacher_of(run):
 
 
 def start_of(run):                       # the latent-free generator that a run goes on from
-    free = run | FREE | {"start": "teacher", "where": "embedding", "seed": 1}
+    free = run | FREE | {"start": "teacher", "seed": 1}
     return run["start"] == "latent-free" and folder_of(run) / name_of(free) / "idlm.pt"
 
 
@@ -334,7 +335,7 @@ def go(args):
         if process.wait():
             raise BadInput(f"training {path} failed: see {path}.log")
     print(f"{len(runs)} runs; teachers and judges there after {time.time() - began:.0f} s")
-    slots, fork = dict.fromkeys(range(args.jobs * len(args.gpu))), multiprocessing.get_context("fork")
+    slots = dict.fromkeys(range(args.jobs * len(args.gpu)))
     while runs or any(slots.values()):
         for slot, busy in slots.items():
             if busy and not busy[0].is_alive():
@@ -346,7 +347,7 @@ def go(args):
             ready = [run for run in runs if not start_of(run) or start_of(run).exists()]
             if slots[slot] is None and ready and not late:
                 runs.remove(run := ready[0])
-                process = fork.Process(target=work, args=(
+                process = multiprocessing.get_context("fork").Process(target=work, args=(
                     run, sizes, args, source[run["length"]], words, known,
                     args.gpu[slot % len(args.gpu)]))
                 process.start()
@@ -371,22 +372,19 @@ def merge(args):
 
 
 def groups(args):
-    """For each text and length: rows at temperature 1, seeds averaged."""
+    """For each text and length: rows at temperature 1, seeds averaged, best one-pass text first."""
     rows = [r for r in evaluate.average(evaluate.load_records(args.merged))
             if r.get("temperature") in (None, 1)]
+    first = {r.get("variant", ""): r["bits_per_char"] for r in rows[::-1] if r.get("steps", 1) == 1}
+    rows.sort(key=lambda r: (first[r.get("variant", "")], r.get("variant", ""), r.get("sampler", ""),
+                             r.get("drawn", ""), r.get("steps", 0)))
     for key in dict.fromkeys((r["data"], r["block_size"]) for r in rows):
-        yield f"{key[0]}, {key[1]} characters", [r for r in rows if (
+        yield "{}, {} characters".format(*key), [r for r in rows if (
             r["data"], r["block_size"]) == key]
 
 
 def table(args):
     for title, rows in groups(args):
-        best = {}
-        for r in rows:
-            best.setdefault(r.get("variant", ""), []).append(r["bits_per_char"] if r.get(
-                "steps", 1) == 1 else math.inf)
-        rows.sort(key=lambda r: (min(best[r.get("variant", "")]), r.get("variant", ""),
-                                 r.get("sampler", ""), r.get("drawn", ""), r.get("steps", 0)))
         print(f"\n{title}\n{evaluate.records_table(rows, COLUMNS)}")
 
 
@@ -397,21 +395,20 @@ def plot(args):
     figure = Figure((5.5 * len(found), 4.2), dpi=180, layout="constrained")
     for ax, (title, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
         for i, variant in enumerate(["teacher", *args.pick]):
-            line = sorted((r for r in rows if r.get("variant") == variant and r["drawn"] ==
-                           "fresh z" and r["sampler"] == "ancestral"), key=lambda r: r["passes"])
-            ax.plot([r["passes"] for r in line], [r["bits_per_char"] for r in line], "o-",
-                    color=f"C{i}", ms=4, lw=1.3, label=variant)
-            for r in line:
-                ax.annotate(f"{r['entropy']:.2f}", (r["passes"], r["bits_per_char"]), (4, 3),
-                            color=f"C{i}", fontsize=7, textcoords="offset points")
+            line = [r for r in rows if r.get("variant") == variant and r["drawn"] == "fresh z"
+                    and r["sampler"] == "ancestral"]
+            x, y = ([r[key] for r in line] for key in ("passes", "bits_per_char"))
+            ax.plot(x, y, "o-", color=f"C{i}", ms=4, lw=1.3, label=variant)
+            for r, *at in zip(line, x, y):
+                ax.annotate(f"{r['entropy']:.2f}", at, (4, 3), color=f"C{i}", fontsize=7,
+                            textcoords="offset points")
         real = next(r for r in rows if r["real"])
         ax.axhline(real["bits_per_char"], color="black", ls="--", lw=1,
                    label=f"held-out text, entropy {real['entropy']:.2f}")
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=title, xlabel="network passes (beside a point: entropy)",
                ylabel="bits per character, autoregressive judge")
-        ax.xaxis.set_major_formatter("{x:g}")
-        ax.grid(alpha=0.25)
         ax.legend(frameon=False, fontsize=8)
     figure.savefig(args.figure)
 
@@ -439,7 +436,8 @@ def main():
         args.records = Path("out/onepass/tiny")
         args.merged, args.figure = Path("out/onepass/tiny.json"), Path("out/onepass/tiny.png")
         args.device, args.data, args.name, args.length = "cpu", "README.md", "README", [32]
-    then, args.tasks = [t for t in args.tasks if t not in TASKS], [t for t in args.tasks if t in TASKS]
+    then = [task for task in args.tasks if task not in TASKS]
+    args.tasks = [task for task in args.tasks if task in TASKS]
     if args.tasks:
         go(args)
     for task in then:
