@@ -306,14 +306,15 @@ def prepare(runs, sizes, args):
         wanted[teacher_of(run)] = ("teacher", run)
         wanted[folder_of(run) / "judge.pt"] = ("judge", run)
     for path, (stage, run) in wanted.items():
-        if not path.exists():
+        found = checkpoint.load(path) if path.exists() else {"step": -1, "updates": 0}
+        if found["step"] < found["updates"]:               # missing, or killed halfway
             path.parent.mkdir(parents=True, exist_ok=True)
             flags = dict(stage=stage, preset="gpu", process=run["process"], out=path.parent,
                          data=args.data, tokenizer="char", block_size=run["length"], seed=1,
                          size=sizes["size"], batch_size=sizes["batch"], device=args.device,
                          micro_batch=sizes["batch"],
                          updates=sizes["warm"] // (2 if stage == "judge" else 1))
-            command = [sys.executable, ROOT / "train.py", "--no-compile",
+            command = [sys.executable, ROOT / "train.py", "--no-compile", "--resume",
                        *(f"--{k}={v}" for k, v in flags.items())]
             env = os.environ | {"CUDA_VISIBLE_DEVICES": str(args.gpu[len(started) % len(args.gpu)])}
             started.append((path, subprocess.Popen(command, env=env, stderr=subprocess.STDOUT,
@@ -360,10 +361,13 @@ def go(args):
 # ---- tables and a figure ------------------------------------------------------------------------
 
 def merge(args):
-    """All runs in one list; held-out text once for each text and length."""
+    """All runs in one list; held-out text once for each text and length; intervals of the bits
+    and of the matched gen_ppl alone, for the size of the file."""
     found, real = [], {}
     for path in sorted(args.records.glob("*.json")):
         for record in evaluate.load_records(path):
+            record = {k: v for k, v in record.items() if not k.endswith("_ci")
+                      or k in ("bits_per_char_ci", "gen_ppl_matched_ci")}
             if not record["real"]:
                 found.append(record)
             elif record["seed"] == 1:
