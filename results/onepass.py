@@ -380,8 +380,8 @@ def groups(args):
     rows = [r for r in evaluate.average(evaluate.load_records(args.merged))
             if r.get("temperature") in (None, 1)]
     first = {r.get("variant", ""): r["bits_per_char"] for r in rows[::-1] if r.get("steps", 1) == 1}
-    rows.sort(key=lambda r: (first[r.get("variant", "")], r.get("variant", ""), r.get("sampler", ""),
-                             r.get("drawn", ""), r.get("steps", 0)))
+    rows.sort(key=lambda r: (first[r.get("variant", "")], *(
+        r.get(key, "") for key in ("variant", "sampler", "drawn")), r.get("steps", 0)))
     for key in dict.fromkeys((r["data"], r["block_size"]) for r in rows):
         yield "{}, {} characters".format(*key), [r for r in rows if (
             r["data"], r["block_size"]) == key]
