@@ -176,11 +176,15 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.output_layer = OutputLayer(config)
         if config.latent_dim:
-            # A random map at the scale of the embeddings, never 0: a latent that does not move the
-            # output gets no gradient to start moving it.
             self.latent_proj = nn.Linear(config.latent_dim, config.width, bias=False)
-            std = self.vocab_embed.embedding.std().item() / math.sqrt(config.latent_dim)
-            nn.init.normal_(self.latent_proj.weight, std=std * config.latent_scale)
+            self.init_latent()
+
+    def init_latent(self):
+        """A random map at the scale of the embeddings, never 0: a latent that does not move the
+        output gets no gradient to start moving it. Trained embeddings are larger than new ones, so
+        again once a teacher's are loaded."""
+        std = self.vocab_embed.embedding.std().item() / math.sqrt(self.config.latent_dim)
+        nn.init.normal_(self.latent_proj.weight, std=std * self.config.latent_scale)
 
     @property
     def device(self):

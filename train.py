@@ -300,8 +300,10 @@ def run_stage(args, stage, data):
                        "flags, or choose another folder with --out")
     torch.manual_seed(s.seed)
     net = DiT(config).to(s.device, s.weights)
-    if teacher:                          # the generator starts as the teacher, its z as drawn above
+    if teacher:                          # the generator starts as the teacher, with a random z
         net.load_state_dict(net.state_dict() | teacher.state_dict())
+    if config.latent_dim:                # at the size of the embeddings that it has now
+        net.init_latent()
     main, fake = Trainee(net, s.lr, s), None
     kept = {"ema": main.ema, "main": net, "main_optimizer": main.optimizer}    # for --resume
     if stage == "idlm":

@@ -256,6 +256,27 @@ def test_who_learns(flags, teachers, monkeypatch):
         assert moved == [now[0] == "generator", now[0] == "fake", False]
 
 
+def test_the_latent_starts_at_the_scale_of_the_teachers_embeddings(teachers, monkeypatch):
+    """Training lets embeddings grow; z, drawn before, would enter too small. 64 x 16 weights: their
+    standard deviation within 5 sd, a factor 1 +- 0.11, of 7 times a new network's."""
+    class Seen(Exception):
+        pass
+
+    def first_step(which, s, process, net, fake, teacher, *batch):
+        ratio = net.latent_proj.weight.std() * 8 / net.vocab_embed.embedding.std()
+        raise Seen(ratio.item(), net.vocab_embed.embedding.std().item())
+
+    state = load("mdlm/teacher")
+    before = state["ema"]["vocab_embed.embedding"].std().item()
+    state["ema"]["vocab_embed.embedding"] *= 7
+    checkpoint.save("out/mdlm/teacher.pt", state)
+    monkeypatch.setattr(train, "idlm_step", first_step)
+    with pytest.raises(Seen) as seen:
+        run("--stage idlm --latent gaussian")
+    ratio, size = seen.value.args
+    assert abs(size / before - 7) < 0.01 and 0.89 < ratio < 1.11
+
+
 def recorded_batches(monkeypatch, flags):
     """What the losses saw: a list of (which, x_0, t, t_tilde, seed of the noise, of dropout)."""
     seen, plain, idlm = [], train.plain_loss, train.idlm_step
