@@ -322,13 +322,13 @@ def main():
     parser.add_argument("--theorem", action="store_true", help="minimise the exact loss")
     parser.add_argument("--exact", action="store_true", help="teacher: p*'s denoiser; no figures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="figures: of the first")
-    parser.add_argument("--updates", type=int, help="of the generator (600; with --exact 1500)")
+    parser.add_argument("--updates", type=int, help="of the generator (600; with --exact 2000)")
     args = parser.parse_args()
     if args.theorem:
         return theorem()
     here, cases = Path(__file__).parent, list(product(reversed(DATA), PROCESSES))
     path = here / "results" / "toy.json"
-    updates = args.updates or (1500 if args.exact else 600)
+    updates = args.updates or (2000 if args.exact else 600)
     for seed in args.seeds:
         tasks, results, new = [(*case, seed, args.exact, updates) for case in cases], {}, []
         with ProcessPoolExecutor(2) as pool:
