@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Why a mixture, and why its solution is unique: the method on texts of two tokens, seen as points.
 
-    python toy.py                 assets/toy.png, assets/toy_gap.png, results/toy.json; 3 minutes
+    python toy.py                 assets/toy.png, assets/toy_gap.png, results/toy.json; 2 minutes
     python toy.py --theorem       the exact loss, minimised from three starts; half a minute
-    --seeds 0 1                   as in results/toy.json;  --exact: p*'s own denoiser is the teacher
+    --seeds 0 1 2                 as in results/toy.json;  --exact: p*'s own denoiser is the teacher
 
 A token has K = 50 values, so a text is a cell of a 50 x 50 plane and p* is a table. `law` sends the
 whole plane through the sampler, so p_theta is a table too, without sampling error; only a Gaussian
