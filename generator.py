@@ -192,7 +192,8 @@ def greedy_end(logits, z, alpha_t, published=False, temperature=1.0, top_p=1.0):
 
 
 def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, **_):
-    """Reverse steps of the uniform process; every step is one pass over every text."""
+    """Reverse steps of the uniform process; every step is one pass over every text. As in the
+    masked process the draws that decide who moves come first, on the CPU."""
     if ending not in ("ancestral", "greedy", "greedy-published"):
         raise ValueError(f"ending {ending!r}: choose ancestral, greedy or greedy-published")
     x, free = to_device(x, net.device), to_device(free, net.device)
@@ -204,9 +205,18 @@ def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, 
             new = per_row(greedy_end, process.K, (net,), h, x.flatten(), alpha_t,
                           ending == "greedy-published", *how)
         else:
-            u = (uniforms(x.numel(), rng, x.device) for _ in range(2))
-            new = per_row(uniform_step, process.K, (net,), h, x.flatten(), *u, alpha_t, alpha_s,
-                          *how)
+            u_kind, u_word = (uniforms(x.numel(), rng, rng.device) for _ in range(2))
+            # Beyond this a token stays whatever f is (f_z = 0 in `uniform_step`; a little more, for
+            # rounding). In small steps nearly all do: the head runs at the others alone.
+            a_t, a_s = process.alpha(t)[0].tolist()
+            moved = a_s - a_t + (1 - a_t / a_s) * (1 - a_s)
+            some = (u_kind * (1 - a_t) < 1.001 * moved).nonzero()[:, 0]
+            u_kind, u_word = (to_device(u[some], x.device) for u in (u_kind, u_word))
+            here, new = to_device(some, x.device), x.flatten()
+            if len(some):
+                drawn = per_row(uniform_step, process.K, (net,), h[here], new[here], u_kind, u_word,
+                                alpha_t, alpha_s, *how)
+                new = new.index_copy(0, here, drawn)
         x = torch.where(free, new.view_as(x), x)
         if callback:
             callback(i, x)

@@ -622,6 +622,22 @@ def test_exact_law_of_samples(steps, ending):
         sample(net, process, 1, L, 1, torch.Generator(), ending="gready")
 
 
+def test_who_stays_whatever_f_is_needs_no_head():
+    """The texts are those of a head at every position; at 100 steps it runs at a tenth of them (on
+    paper the sum of the steps' shares is about 2 log(1 / alpha(1)) = 14 passes' worth)."""
+    K, L, n, steps, rows = 3, 2, 2000, 100, []
+    net, process, rng = TableNet(K, L, seed=28), Uniform(K), seeded(29)
+    x = process.prior(n, L, rng)
+    for i in range(steps):
+        t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps])
+        u = [torch.rand(n * L, generator=rng, **f64) for _ in range(2)]
+        h = net.hidden(x, process.sigma(t[:1]).repeat(n)).flatten(0, 1)
+        x = uniform_step(h, x.flatten(), *u, *process.alpha(t)[0]).view(n, L)
+    net.project = lambda h: rows.append(len(h)) or h
+    assert torch.equal(sample(net, process, n, L, steps, seeded(29)).tokens, x)
+    assert 0.05 < sum(rows) / (n * L * steps) < 0.15
+
+
 def test_exact_teacher_samples_the_data():
     """With the leave-one-out posterior in the network's place the ancestral steps write p, up to
     the price of drawing tokens independently within a step; it falls as 1 / steps."""
