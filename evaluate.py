@@ -43,16 +43,16 @@ from train import has_bfloat16, pick_device
 METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngram_bits".split()
 STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
 MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
-# Columns of the table on the terminal, and of the README's from results/NAME.json; NAME.KEY: of the
-# records there that have KEY, which the table NAME leaves out
+# Columns of the table on the terminal, and of the README's from results/NAME.json. NAME.KEY: of
+# the records there that have KEY, which the table NAME leaves out
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
         "mauve seconds",
     "laptop": "process model sampler steps passes bits_per_char entropy known_words",
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
-              "distinct4 gm",
-    "novels.extra": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
-                    "distinct4 gm",
+        "distinct4 gm",
+    "novels.extra": "process model start update sampler steps passes gen_ppl_matched gen_ppl "
+        "entropy distinct4 gm",
     "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
@@ -61,7 +61,7 @@ TABLES = {
     "updates": "update steps temperature gen_ppl_matched gen_ppl entropy known_words",
     "toy": "data process model latent passes validity js kl",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu recompilations"}
-SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde"}   # numbers, but no results
+SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde"}   # no results
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
 
@@ -384,12 +384,13 @@ def rewrite_tables(readme="README.md", results="results"):
         rows = average([r for r in records if (key in r if key else not others & r.keys())])
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
-        runs = max((r["runs"] for r in rows if not r.get("real")), default=1)
-        what = f"mean ± standard deviation of {runs} runs" if runs > 1 else \
-            "one run, in brackets 95 % intervals over texts where there are any"
+        runs = {r["runs"] for r in rows if not r.get("real")} or {1}
+        what = f"mean ± standard deviation of {max(runs)} runs, " * (max(runs) > 1) + \
+            "one run, in brackets 95 % intervals over texts where there are any" * (1 in runs)
+        what = what.strip(", ").replace("s, one", "s; else one")
         return f"{begin}\n{records_table(rows, columns)}\n\n`results/{file}.json`: {what}\n{end}"
-    text = re.sub(r"(<!-- table:([\w.]+) -->).*?(<!-- /table:\2 -->)", block, Path(readme).read_text(),
-                  flags=re.DOTALL)
+    text = re.sub(r"(<!-- table:([\w.]+) -->).*?(<!-- /table:\2 -->)", block,
+                  Path(readme).read_text(), flags=re.DOTALL)
     checkpoint.write_whole(readme, lambda file: file.write(text.encode()))
 
 

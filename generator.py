@@ -211,7 +211,8 @@ def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, 
             a_t, a_s = process.alpha(t)[0].tolist()
             moved = a_s - a_t + (1 - a_t / a_s) * (1 - a_s)
             some = (u_kind * (1 - a_t) < 1.001 * moved).nonzero()[:, 0]
-            u_kind, u_word = (to_device(u[some], x.device) for u in (u_kind, u_word))
+            dtype = torch.float32 if x.device.type == "mps" else u_kind.dtype
+            u_kind, u_word = (to_device(u[some].to(dtype), x.device) for u in (u_kind, u_word))
             here, new = to_device(some, x.device), x.flatten()
             if len(some):
                 drawn = per_row(uniform_step, process.K, (net,), h[here], new[here], u_kind, u_word,

@@ -145,6 +145,10 @@ def merge(runs, novels):
                 ending = "ancestral" if r["process"] == "mdlm" or r["steps"] > 64 else "greedy"
                 shown = SHOWN[r["process"], r["model"]] if r["sampler"] == ending else ()
                 records.append(r | ({} if "knob" in r or r["steps"] in shown else {"extra": True}))
+    records.sort(key=lambda r: (
+        "row_entropy" in r, "knob" in r, r["process"] == "duo", "teacher dcd idlm".find(r["model"]),
+        *(r.get(k, "") for k in ("start", "update", "knob", "value")), r.get("sampler", ""),
+        r.get("steps", 0), r.get("temperature", r.get("t_tilde"))))
     for run in ("mdlm__teacher", "duo__teacher", "judge"):
         net, meta = load(runs, run)
         seconds, held_out = stages_of(runs, run)
