@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import idlm_loss
 from data import BadInput, TextData
 from generator import sample
 from teacher import Masked
@@ -41,18 +43,25 @@ from train import has_bfloat16, pick_device
 METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngram_bits".split()
 STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
 MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
-# Columns of the table on the terminal, and of the README's from results/NAME.json
+# Columns of the table on the terminal, and of the README's from results/NAME.json. NAME.KEY: of
+# the records there that have KEY, which the table NAME leaves out
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
         "mauve seconds",
     "laptop": "process model sampler steps passes bits_per_char entropy known_words",
-    "novels": "process model sampler steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
+    "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
+        "distinct4 gm",
+    "novels.extra": "process model start update sampler steps passes gen_ppl_matched gen_ppl "
+        "entropy distinct4 gm",
+    "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
+    "novels.row_entropy": "process model start update t_tilde row_entropy",
+    "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
     "onepass": "model latent steps gen_ppl entropy bits_per_char known_words distinct4",
     "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",
     "updates": "update steps temperature gen_ppl_matched gen_ppl entropy known_words",
     "toy": "data process model latent passes validity js kl",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu recompilations"}
-SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share"}   # numbers, but no results
+SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde"}   # no results
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
 
@@ -101,16 +110,22 @@ def gradient_moment(g, r):                                 # (m, P), (m, P) -> (
 
     One parameter, two groups, g = (1, 3), r = (0, 1): d = (1, 2), so 2; the plain square is 2.25.
     """
-    gram = (g - r) @ (g - r).T
+    d = torch.as_tensor(g) - torch.as_tensor(r)            # where they are: over 1 GB for GPT-2's
+    gram = (d @ d.T).cpu().double().numpy()
     with_others = (gram.sum(1) - np.diag(gram)) / (len(gram) - 1)
     return 2 * with_others - with_others.mean()            # a pair's noise is in both its groups
+
+
+@lru_cache(maxsize=2)                                      # drawn once for all metrics of a record
+def resamples(n, seed):                                    # -> (1 + RESAMPLES, n): how often each
+    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    return np.concatenate([np.ones_like(W[:1]), W]).astype(float)
 
 
 def bootstrap(a, b=1, seed=0):                             # (N,), (N,) -> (1 + RESAMPLES,)
     """sum(a) / sum(b), first of the texts, then of resampled texts."""
     a, b = np.broadcast_arrays(np.asarray(a, float), b)
-    W = np.random.default_rng(seed).multinomial(len(a), np.full(len(a), 1 / len(a)), RESAMPLES)
-    W = np.concatenate([np.ones_like(W[:1]), W])
+    W = resamples(len(a), seed)
     with np.errstate(invalid="ignore"):
         return W @ a / (W @ b)
 
@@ -168,7 +183,8 @@ def neural_judge(device, forward, encode, decode):
     @torch.no_grad()
     def score(tokens, groups=0):
         """With groups of texts: also each group's gradient, nats per token, in the last matrix,
-        mean of (p - onehot) h^T: where the text meets the hidden state."""
+        mean of (p - onehot) h^T: where the text meets the hidden state; they stay on the
+        device."""
         ids = [torch.as_tensor(encode(row), dtype=torch.int64) for row in tokens]
         x = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)   # causal: padding goes unseen
         counted = torch.tensor([max(0, len(row) - 1) for row in ids])
@@ -180,12 +196,12 @@ def neural_judge(device, forward, encode, decode):
             log_p, target = logits[:, :-1].float().log_softmax(-1), part[:, 1:, None]
             nll.append(-(log_p.gather(-1, target)[..., 0] * here).sum(1))
             if groups:
-                error = log_p.exp().scatter_add(-1, target, -torch.ones_like(log_p[..., :1]))
+                error = log_p.exp().scatter_add_(-1, target, -torch.ones_like(log_p[..., :1]))
                 error = error * here[..., None] / here.sum()
-                grads.append(torch.einsum("blv,bld->vd", error, h[:, :-1].float()).flatten().cpu())
+                grads.append(torch.einsum("blv,bld->vd", error, h[:, :-1].float()).flatten())
         chars = np.array([len(decode(row[1:].tolist())) for row in ids])
         return (torch.cat(nll).double().cpu().numpy(), counted.numpy(), chars,
-                torch.stack(grads).numpy() if groups else None)
+                torch.stack(grads) if groups else None)
     return score
 
 
@@ -363,15 +379,19 @@ def rewrite_tables(readme="README.md", results="results"):
     """Fill every block between <!-- table:NAME --> and <!-- /table:NAME --> from NAME.json."""
     def block(match):
         begin, name, end = match.groups()
-        rows = average(load_records(Path(results, name + ".json")))
+        file, _, key = name.partition(".")
+        others = {other.partition(".")[2] for other in TABLES if other.startswith(file + ".")}
+        records = load_records(Path(results, file + ".json"))
+        rows = average([r for r in records if (key in r if key else not others & r.keys())])
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
-        runs = max((r["runs"] for r in rows if not r.get("real")), default=1)
-        what = f"mean ± standard deviation of {runs} runs" if runs > 1 else \
-            "one run, in brackets 95 % intervals over texts where there are any"
-        return f"{begin}\n{records_table(rows, columns)}\n\n`results/{name}.json`: {what}\n{end}"
-    text = re.sub(r"(<!-- table:(\w+) -->).*?(<!-- /table:\2 -->)", block, Path(readme).read_text(),
-                  flags=re.DOTALL)
+        runs = {r["runs"] for r in rows if not r.get("real")} or {1}
+        what = f"mean ± standard deviation of {max(runs)} runs, " * (max(runs) > 1) + \
+            "one run, in brackets 95 % intervals over texts where there are any" * (1 in runs)
+        what = what.strip(", ").replace("s, one", "s; else one")
+        return f"{begin}\n{records_table(rows, columns)}\n\n`results/{file}.json`: {what}\n{end}"
+    text = re.sub(r"(<!-- table:([\w.]+) -->).*?(<!-- /table:\2 -->)", block,
+                  Path(readme).read_text(), flags=re.DOTALL)
     checkpoint.write_whole(readme, lambda file: file.write(text.encode()))
 
 
@@ -380,7 +400,7 @@ def plot(records, folder="assets"):
     that of temperature 1 beside its entropy. frontier.png: gen_ppl against entropy."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
-    rows = [r for r in average(records) if r.get("gen_ppl")]
+    rows = [r for r in average(records) if r.get("gen_ppl") and not {"knob", "extra"} & r.keys()]
     if not (real := [r for r in rows if r.get("real")]) or len(real) == len(rows):
         raise BadInput("there is no gen_ppl to plot: evaluate with a judge first")
     matched = any(r.get("gen_ppl_matched") for r in rows)
@@ -390,7 +410,9 @@ def plot(records, folder="assets"):
         ax = figure.subplots()
         for r in rows:
             if r not in real and r.get(y) and (x == "entropy" or r["temperature"] == 1):
-                line = f"{r['process']} {r['model']}, {r['sampler']}", r["steps"] * (x == "entropy")
+                how = " ".join(str(r[k]) for k in ("start", "update") if r.get(k))
+                line = f"{r['process']} {r['model']} {how}, {r['sampler']}".replace(" ,", ",")
+                line = line, r["steps"] * (x == "entropy")
                 lines.setdefault(line, []).append(r)
         for (model, steps), line in lines.items():
             label = None if model in colors else model
@@ -470,6 +492,9 @@ def main(argv=None):
         return
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
+    # The uniform sampler asks every row at every step: fused, that is half of the memory traffic.
+    idlm_loss.COMPILE = device.type == "cuda" and args.process == "duo"
+    torch._dynamo.config.cache_size_limit = 64
     names = args.models or [n for n in MODELS if (args.out / f"{n}.pt").exists()]
     if not args.models and not args.init_from and "idlm" not in names:
         raise BadInput(f"there is no generator in {args.out} yet: run python train.py first, or "

@@ -200,7 +200,7 @@ def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, 
     """Reverse steps of the uniform process. The number that decides whether a token changes is
     drawn first: a step changes it with probability (move + spread) / (K alpha_t f_z + 1 - alpha_t),
     at most (move + spread) / (1 - alpha_t) whatever the network says, so tokens above that bound
-    need no head, and texts with none below it no pass. The first and the last step take all."""
+    need no head, and texts with none below it no pass. The last step takes all."""
     if ending not in ("ancestral", "greedy", "greedy-published"):
         raise ValueError(f"ending {ending!r}: choose ancestral, greedy or greedy-published")
     nfe, device, x = torch.zeros(len(x), dtype=torch.int64), net.device, to_device(x, net.device)

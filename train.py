@@ -383,6 +383,7 @@ def show(s, step, process, net, data):
             loss = plain_loss(s, s.updates, process, net, None, data.val_blocks(2 * s.micro_batch),
                               None, None, rng).item()
             print(f"  held-out loss {loss:.3f} nats per token", flush=True)
+            log(s, {"stage": s.stage, "step": step, "held_out": loss})
         if process:
             text = sample(net, process, 1, s.block_size, 64 if s.stage == "teacher" else 16, rng)
             print(f"  a text in {text.nfe.max()} passes: "
@@ -402,8 +403,12 @@ def report(s, step, rows, seconds):
           f"{s.batch_size * s.block_size / ms:.1f}k tok/s | "
           f"eta {(s.updates - step) * ms / 60e3:.1f}m", flush=True)
     if s.rank == 0:
-        with open(s.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"stage": s.stage, "step": step, "ms": ms, **means}) + "\n")
+        log(s, {"stage": s.stage, "step": step, "ms": ms, **means})
+
+
+def log(s, line):
+    with open(s.out / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def main(argv=None):

@@ -165,7 +165,12 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     names = {"teacher": {"nelbo"}, "judge": {"nll"}, "dcd": {"kl"},
              "idlm": {"gap", "fake", "fake_grad"}}[args.stage] | {"grad", "stage", "step", "ms"}
+    held_out = [line for line in log if "held_out" in line]
+    log = [line for line in log if line not in held_out]
     assert [line["step"] for line in log] == [1, 2, 3, 4] and all(set(x) == names for x in log)
+    shows = [3, 4] if args.stage in ("teacher", "judge") else []         # where it is saved
+    assert [(x["stage"], x["step"]) for x in held_out] == [(args.stage, n) for n in shows]
+    assert all(math.isfinite(x["held_out"]) for x in held_out)
     out = capsys.readouterr().out
     assert ("held-out loss" in out) == (args.stage in ("teacher", "judge"))
     assert ("a text in" in out) == (args.stage != "judge")
@@ -187,7 +192,7 @@ def test_default_runs_what_is_missing(process, stages, monkeypatch, capsys):
     run(f"--process {process} --stage teacher")
     run(f"--process {process}")
     log = [json.loads(line) for line in Path(f"out/{process}/log.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in log] == [stage for stage in stages for _ in range(4)]
+    assert [line["stage"] for line in log if "ms" in line] == [s for s in stages for _ in range(4)]
     assert load(f"{process}/idlm")["teacher"] == f"out/{process}/{stages[-2]}.pt"
     assert tables == [(Path(f"out/{process}"), process, torch.device("cpu"), 1)]
     out = capsys.readouterr().out
@@ -207,7 +212,7 @@ def test_tiny_overfit(process, share, monkeypatch):
     run(f"--process {process} --stage teacher --updates 150 --batch_size 32 --micro_batch 32 "
         "--size 2x4x32 --block_size 24 --dropout 0 --lr 5e-3")
     log = [json.loads(line) for line in Path(f"out/{process}/log.jsonl").read_text().splitlines()]
-    K = len(load(f"{process}/teacher")["tokenizer"]["chars"])
+    K, log = len(load(f"{process}/teacher")["tokenizer"]["chars"]), [x for x in log if "ms" in x]
     assert 0.8 < log[0]["nelbo"] / math.log(K) < 1.3
     assert sum(line["nelbo"] for line in log[-3:]) / 3 < share * math.log(K)
 

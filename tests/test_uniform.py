@@ -647,6 +647,17 @@ def test_exact_law_of_samples(steps, ending):
         sample(net, process, 1, L, 1, torch.Generator(), ending="gready")
 
 
+def test_who_stays_whatever_f_is_needs_no_head():
+    """At 100 steps the head runs at a tenth of all positions: on paper the sum of the steps' bounds
+    is about 2 log(1 / alpha(1)) = 14 passes' worth."""
+    K, L, n, steps, rows = 3, 2, 2000, 100, []
+    net = TableNet(K, L, seed=28)
+    net.project = lambda h: rows.append(len(h)) or h
+    nfe = sample(net, Uniform(K), n, L, steps, seeded(29)).nfe.double()
+    assert 0.05 < sum(rows) / (n * L * steps) < 0.15
+    assert sum(rows) / (n * L) < nfe.mean() < sum(rows) / n and net.passes == steps
+
+
 def test_exact_teacher_samples_the_data():
     """With the leave-one-out posterior in the network's place the ancestral steps write p, up to
     the price of drawing tokens independently within a step; it falls as 1 / steps."""
