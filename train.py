@@ -213,7 +213,8 @@ class Trainee:
         self.optimizer.zero_grad()
         if self.ema is not None:         # early on a shorter average, not mostly the start
             decay = min(s.ema, (1 + step) / (10 + step))
-            torch._foreach_lerp_([*self.ema.parameters()], weights, 1 - decay)
+            with torch.no_grad():
+                torch._foreach_lerp_([*self.ema.parameters()], weights, 1 - decay)
         return total, norm
 
 

@@ -442,7 +442,7 @@ def test_update_by_hand(decay_to):
             ema[i] = decay * ema[i] + (1 - decay) * w[i]
         assert [p.item() for p in net.parameters()] == pytest.approx(w, abs=1e-6)
         assert [p.item() for p in trainee.ema.parameters()] == pytest.approx(ema, abs=1e-6)
-
+        assert not any(p.requires_grad for p in trainee.ema.parameters())    # no history grows
 
 def test_dcd_rounds(teachers, monkeypatch):
     """Five rounds: delta doubles, and the teacher of a round is the EMA at its start."""
