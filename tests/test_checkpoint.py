@@ -484,3 +484,29 @@ def test_provenance_is_complete_and_names_no_absolute_path(tmp_path, monkeypatch
     assert re.fullmatch(r"[0-9a-f]{7,}(\+dirty)?|unknown", found["commit"])
     monkeypatch.setenv("PATH", str(tmp_path))            # no git here
     assert provenance(7, torch.device("cpu"))["commit"] == "unknown"
+
+
+def random_network(rng):
+    net = DiT(ModelConfig(9, 2, 2, 16, cond_dim=8))
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=rng) / 4
+    return net
+
+
+def test_a_frozen_network_computes_the_same(rng):
+    """Matrices cast once give bit for bit what autocast gives by casting them at every pass."""
+    net, x, sigma = random_network(rng), torch.randint(9, (3, 5), generator=rng), torch.rand(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        before, frozen = net(x, sigma), net.freeze(torch.bfloat16)(x, sigma)
+    assert before.dtype == torch.bfloat16 and torch.equal(before, frozen)
+    assert before.requires_grad and not frozen.requires_grad
+    assert net.blocks[0].attn_qkv.weight.dtype == torch.bfloat16
+    assert net.blocks[0].norm1.weight.dtype == net.vocab_embed.embedding.dtype == torch.float32
+
+
+def test_compiled_gelu_is_the_same_function(rng, monkeypatch):
+    net, x = random_network(rng).double(), torch.randint(9, (3, 5), generator=rng)
+    eager = net(x, torch.rand(3).double().zero_())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.allclose(eager, net(x, torch.zeros(3).double()), rtol=1e-12, atol=1e-14)
+    assert not torch.equal(eager, net(x, torch.zeros(3).double()))       # the other branch has run
