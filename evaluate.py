@@ -43,16 +43,15 @@ from train import has_bfloat16, pick_device
 METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngram_bits".split()
 STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
 MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
-# Columns of the table on the terminal, and of the README's from results/NAME.json. NAME.KEY: of
-# the records there that have KEY, which the table NAME leaves out
+# Columns of the table on the terminal, and of the README's from results/NAME.json: those records
+# that have none of these keys, or for NAME.KEY those that have KEY
+VIEWS = {"extra", "knob", "row_entropy", "held_out_nll"}
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
         "mauve seconds",
-    "laptop": "process model sampler steps passes bits_per_char entropy known_words",
+    "laptop": "process model start sampler steps passes bits_per_char entropy known_words",
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
-    "novels.extra": "process model start update sampler steps passes gen_ppl_matched gen_ppl "
-        "entropy distinct4 gm",
     "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
@@ -380,9 +379,8 @@ def rewrite_tables(readme="README.md", results="results"):
     def block(match):
         begin, name, end = match.groups()
         file, _, key = name.partition(".")
-        others = {other.partition(".")[2] for other in TABLES if other.startswith(file + ".")}
         records = load_records(Path(results, file + ".json"))
-        rows = average([r for r in records if (key in r if key else not others & r.keys())])
+        rows = average([r for r in records if (key in r if key else not VIEWS & r.keys())])
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
         runs = {r["runs"] for r in rows if not r.get("real")} or {1}
@@ -400,7 +398,7 @@ def plot(records, folder="assets"):
     that of temperature 1 beside its entropy. frontier.png: gen_ppl against entropy."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
-    rows = [r for r in average(records) if r.get("gen_ppl") and not {"knob", "extra"} & r.keys()]
+    rows = [r for r in average(records) if r.get("gen_ppl") and not VIEWS & r.keys()]
     if not (real := [r for r in rows if r.get("real")]) or len(real) == len(rows):
         raise BadInput("there is no gen_ppl to plot: evaluate with a judge first")
     matched = any(r.get("gen_ppl_matched") for r in rows)
