@@ -145,6 +145,15 @@ def ppl_at(target, entropies, log_ppls):
     return np.exp(np.interp(target, entropies[order], log_ppls[order]))
 
 
+def next_temperature(done, entropies, target, margin=0.02, most=6):
+    """[the temperature to try next], or [] once `target` lies well inside the entropies or after
+    `most`. Entropy rises with temperature: at 1.0 it was 2.8, so for 2.9 [1.2] is next."""
+    if min(entropies) + margin < target < max(entropies) - margin or len(done) == most:
+        return []
+    hotter = max(entropies) - margin <= target
+    return [round(max(done) + 0.2, 1) if hotter else round(min(done) * 0.8, 2)]
+
+
 # ---- judges: score(tokens (N, L), groups) -> nll, counted tokens, characters: (N,) each; gradients
 
 def ngram_judge(data, order=6, a=20.0):
@@ -242,9 +251,11 @@ def find_judge(name, data, device, out, meta):
 
 # ---- evaluation ---------------------------------------------------------------------------------
 
-def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=64, seed=1,
+def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
                     metrics=METRICS, mauve=False, judge_name=None):
-    """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None."""
+    """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
+    temperatures: by default 1, then 0.2 hotter or colder until the curve of each setting has the
+    entropy of held-out text well inside, at most 6."""
     if unknown := set(metrics) - set(METRICS):
         raise BadInput(f"--metrics {' '.join(unknown)}: unknown, choose from {' '.join(METRICS)}")
     L, n_real = data.block_size, min(num_texts, len(data.val) // data.block_size // 2)
@@ -290,13 +301,15 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=
         records.append(record)
         return record, x
 
-    _, real = measure(blocks[0::2], model="real text", real=True)
+    record, real = measure(blocks[0::2], model="real text", real=True)
+    target = record["entropy"]
     settings = [(name, sampler, n) for name in nets for sampler in nets[name][2] for n in steps]
     for name, sampler, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
         half = has_bfloat16(net.device)
         net.freeze(torch.bfloat16 if half else None)
-        for temperature in temperatures:
+        todo = [*(temperatures or [1.0])]
+        for temperature in todo:                           # which may grow on the way
             bar.set_description(f"{name} {sampler} {n} steps at {temperature}")
             rng, began = torch.Generator().manual_seed(seed), time.time()
             with torch.autocast(net.device.type, dtype=torch.bfloat16, enabled=half):
@@ -307,6 +320,8 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=(1.0,), num_texts=
                 process="mdlm" if isinstance(process, Masked) else "duo", real=False,
                 passes=nfe.double().mean().item(), temperature=temperature,
                 dtype="bfloat16" if half else "float32"))
+            if judge and not temperatures:
+                todo += next_temperature(todo, [r["entropy"] for r, _ in curve], target)
         if judge and len(curve) > 1:
             entropies, ppls = (np.stack([x[k] for _, x in curve]).T for k in ("entropy", "gen_ppl"))
             matched = np.array([*map(ppl_at, real["entropy"], entropies, np.log(ppls))])
@@ -460,7 +475,8 @@ def parse_args(argv):
     add("--data", default="", help="default: what the model was trained on")
     add("--judge", default="ar", help="see above")
     add("--steps", nargs="+", type=int, help=f"network passes at most, default {STEPS}")
-    add("--temperatures", nargs="+", type=float, default=[0.8, 1.0, 1.2])
+    add("--temperatures", nargs="+", type=float,
+        help="default: 1, then whatever brackets the entropy of held-out text")
     add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
         default=["ancestral", "greedy"], help="last step of the uniform process")
     add("--num_texts", type=int, help="per setting, default 64 on a CPU, else 512")
@@ -473,7 +489,7 @@ def parse_args(argv):
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     args = p.parse_args(argv)
     args.out, args.steps = args.out or Path("out", args.process), args.steps or STEPS[args.process]
-    if min(args.steps) < 1 or min(args.temperatures) <= 0:
+    if min(args.steps) < 1 or min(args.temperatures or [1]) <= 0:
         raise BadInput(f"--steps {args.steps} --temperatures {args.temperatures}: use positives")
     if args.mauve and not find_spec("mauve"):
         raise BadInput("--mauve needs a package: pip install mauve-text")

@@ -278,6 +278,20 @@ def ramp(data, spread):
     return sample
 
 
+def test_next_temperature():
+    """Entropy 2.7 + 0.3 (T - 1): from 1 toward the target, a little beyond it, at most 6 times."""
+    def sweep(target):
+        done = [1.0]
+        while more := evaluate.next_temperature(done, [2.7 + 0.3 * (T - 1) for T in done], target):
+            done += more
+        return done
+
+    assert sweep(2.79) == [1.0, 1.2, 1.4] and sweep(2.75) == [1.0, 1.2, 1.4]
+    assert sweep(2.73) == [1.0, 1.2] and sweep(2.67) == [1.0, 0.8]
+    assert sweep(2.71) == [1.0, 0.8, 1.2] or sweep(2.71) == [1.0, 1.2, 0.8]
+    assert sweep(9.0) == [1.0, 1.2, 1.4, 1.6, 1.8, 2.0] and len(sweep(0.0)) == 6
+
+
 def test_records_of_a_sweep(data, monkeypatch):
     """The held-out row comes first, every metric has its interval around it, the matched gen_ppl
     lies on the curve where that encloses held-out entropy and is null where it does not, and a seed
@@ -329,7 +343,8 @@ def test_gradient_moment_sees_what_is_real(data, monkeypatch):
     monkeypatch.setattr(evaluate, "sample", sample)
     nets = {"any": (tiny(5), Masked(data.K + 1), ["ancestral"])}
     real, same, even = evaluate.evaluate_models(
-        nets, data, causal_judge(net), steps=[1, 2], num_texts=64, metrics=["gm", "gen_ppl"])
+        nets, data, causal_judge(net), steps=[1, 2], num_texts=64, metrics=["gm", "gen_ppl"],
+        temperatures=[1.0])
     assert even["gm_ci"][0] > 5 * max(abs(real["gm"]), abs(same["gm"]))
     assert "entropy" in same and "distinct4" not in same      # gen_ppl is never without its entropy
 
