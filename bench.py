@@ -35,10 +35,11 @@ PEAK = {"H100": 989e12, "H200": 989e12}     # dense bfloat16 FLOP/s; another dev
 # (weights, attention, head) forwards of an iteration: 3 to update a network, 1 to run another (soft
 # inputs: with a backward); the masked head where t, t_tilde or both mask
 UNITS = {"mdlm": (9, 9, 3.5), "hard": (9, 9, 9), "marginal": (9, 9, 9), "soft": (11, 13, 11)}
-AUTHORS = {  # their released code, eager, same shape: measured, H200.  ms, GiB
-    "train mdlm B8": (315.8, 17.7), "train soft B8": (490.3, 66.2), "sample mdlm 16 B8": (591,),
-    "sample mdlm 16 B32": (1549, 23.4), "sample greedy 4 B8": (212,),
-    "sample greedy 4 B32": (790, 59.1)}
+AUTHORS = {name: dict(authors_ms=ms, authors_gib=gib) for name, ms, gib in (
+    # their released code, eager, same shape: measured, H200
+    ("train mdlm B8", 315.8, 17.7), ("train soft B8", 490.3, 66.2), ("sample mdlm 16 B8", 591, None),
+    ("sample mdlm 16 B32", 1549, 23.4), ("sample greedy 4 B8", 212, None),
+    ("sample greedy 4 B32", 790, 59.1))}
 ALL = [f"train --process {case}" for case in (
     "mdlm", "duo --update hard", "duo --update marginal", "duo --update soft")] \
     + [f"sample --process {case} --batch_size {B}" for case in ("mdlm --steps 16", "duo --steps 4")
@@ -71,7 +72,7 @@ def measure(args, name, V, parts, units=(0, 0, 0), warmup=5):
         mfu=round(1e3 * flops / ms / peak, 4) if peak and flops else None, iters=args.iters,
         compile_s=round(max(0, warm - warmup * ms) / 1e3, 1), compiled=args.compile,
         recompilations=graphs[-1] - graphs[warmup * len(parts)], **args.where,
-        authors=AUTHORS.get(f"{name} B{B}") if (D, layers, L) == (768, 12, 1024) else None)
+        **AUTHORS.get(f"{name} B{B}", {}) if (D, layers, L) == (768, 12, 1024) else {})
 
 
 def network(args, V, **config):

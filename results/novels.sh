@@ -17,7 +17,6 @@ NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LI
 UPDATES=${UPDATES:-800} MASKED=${MASKED:-9000} DUO=${DUO:-5000} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000}
 NET="--tokenizer gpt2 --block_size 256 --size 8x6x384 --preset gpu"
 TEXTS=512 KNOB_TEXTS=256 SEEDS="1 2 3" KNOB_SEEDS="1 2"
-T_TEACHER="0.9 1.0 1.1" T_IDLM="1.0 1.1 1.2 1.35" T_KNOB="1.0 1.15 1.3"
 BATCH=64 MORE=3000 FEWER=250 FASTER=1
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} WORKERS=${WORKERS:-3}       # workers a GPU
 if [ "${TINY:-}" ]; then
@@ -99,7 +98,7 @@ teachers() {
     train duo__dcd duo__teacher - 40 --process duo --stage dcd --init_from $duo --updates "$DCD"
 }
 
-IDLM="--stage idlm --batch_size $BATCH --updates $UPDATES"
+IDLM="--stage idlm --batch_size $BATCH --updates $UPDATES --pairing matched"
 
 uniform() {                            # start update seed seconds
     local from; from=$([ "$1" = dcd ] && echo $dcd || echo $duo)
@@ -129,7 +128,7 @@ knob() {                               # NAME VALUE seed seconds flags: one step
 }
 
 knob_records() {                       # NAME RUN
-    evaluate $1 $2 30 "$OUT_DIR/$2/idlm.pt" --steps 4 16 --temperatures $T_KNOB \
+    evaluate $1 $2 30 "$OUT_DIR/$2/idlm.pt" --steps 4 16 \
         --num_texts $KNOB_TEXTS --seed ${1##*__} --metrics gen_ppl entropy distinct4
 }
 
@@ -138,7 +137,7 @@ knobs() {                              # the most informative first; the second 
     for seed in $KNOB_SEEDS; do
         [ "$phase" = eval ] && knob_records mdlm__knob__base__base__$seed mdlm__idlm__teacher__$seed
         knob updates $MORE $seed 180 --updates $MORE
-        knob pairing matched $seed 50 --pairing matched
+        knob pairing independent $seed 50 --pairing independent
         knob updates $FEWER $seed 30 --updates $FEWER
         knob fake_updates 2 $seed 70 --fake_updates 2
         knob lr 1e-4 $seed 50 --lr 1e-4
@@ -157,20 +156,18 @@ evaluations() {                        # the longest first
     local run seed both="--ending ancestral greedy" few="--steps 4 8 16 64" texts="--num_texts $TEXTS"
     local many="--steps 1024" middle="--steps 256" masked="--steps 256 512 1024"
     [ "${TINY:-}" ] && many="--steps 9" middle="--steps 6" masked="--steps 5 7"
-    local at="$texts --temperatures $T_TEACHER"
+    local at="$texts"
     evaluate duo__teacher@many duo__teacher 60 $duo $many --ending ancestral $at
     evaluate mdlm__teacher@many mdlm__teacher 60 $teacher $masked $at
     evaluate mdlm__teacher@few mdlm__teacher 60 $teacher --steps 4 8 16 32 64 128 $at
     evaluate duo__teacher@few duo__teacher 60 $duo $few $both $at
     for seed in $SEEDS; do
         run=mdlm__idlm__teacher__$seed
-        evaluate $run $run 60 $OUT_DIR/$run/idlm.pt --steps 1 2 4 8 16 32 64 $texts --seed $seed \
-            --temperatures $T_IDLM
+        evaluate $run $run 60 $OUT_DIR/$run/idlm.pt --steps 1 2 4 8 16 32 64 $texts --seed $seed
         for run in dcd__hard dcd__marginal teacher__hard teacher__marginal dcd__soft teacher__soft; do
             [ $seed = 1 ] || [[ $run = dcd__[hm]* ]] || continue
             run=duo__idlm__${run}__$seed
-            evaluate $run $run 60 $OUT_DIR/$run/idlm.pt --steps 1 2 4 8 16 $both $texts --seed $seed \
-                --temperatures $T_IDLM
+            evaluate $run $run 60 $OUT_DIR/$run/idlm.pt --steps 1 2 4 8 16 $both $texts --seed $seed
         done
     done
     evaluate duo__teacher@middle duo__teacher 60 $duo $middle --ending ancestral $at

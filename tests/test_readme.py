@@ -59,7 +59,7 @@ def costs():
     update is batch_size * block_size tokens, and an accumulated pass is a measured iteration."""
     import train
     owt, found = train.PRESETS["owt"], json.loads((ROOT / "results/bench_h200.json").read_text())
-    runs = {r["name"]: r for r in found if r["name"].startswith("train ")}
+    runs = {r["name"]: r for r in found if r["name"].startswith("train ") and "extra" not in r}
     rows = []
     for flags, kind in (("", "mdlm"), ("--process duo", "hard"),
                         ("--process duo --uniform_update soft", "soft")):
