@@ -506,7 +506,7 @@ def main(argv=None):
         return
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high")
-    # The uniform sampler asks every row at every step: fused, that is half of the memory traffic.
+    # In few steps the uniform sampler asks the head at most rows: fused, at half the memory traffic.
     idlm_loss.COMPILE = device.type == "cuda" and args.process == "duo"
     torch._dynamo.config.cache_size_limit = 64
     names = args.models or [n for n in MODELS if (args.out / f"{n}.pt").exists()]
