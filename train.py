@@ -70,7 +70,7 @@ PRESETS = {
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
-LATENT_DIM, FULL_NOISE = 64, 0.5     # --latent gaussian: size of z, share of texts at t_tilde = 1
+FULL_NOISE = 0.5                     # --latent gaussian: share of texts at t_tilde = 1
 CLIP = 1.0                           # gradient norm
 
 
@@ -99,10 +99,12 @@ def parse_args(argv=None):
     add("--fake_updates", type=int, default=1, help="idlm: per generator update")
     add("--ema", type=float, help="decay of the averaged weights that sampling uses")
     # the method
-    add("--pairing", choices=("independent", "matched"), default="independent",
-        help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code)")
-    add("--latent", choices=("state", "gaussian"), default="state",
-        help="masked: eps is the noised text, or with an added z (for 1 to 4 passes)")
+    add("--pairing", choices=("independent", "matched"),
+        help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
+             "default: what is better at equal entropy, matched if masked, else independent")
+    add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
+        help="masked: eps is the noised text, or with an added z (for 1 to 4 passes) of DIM\n"
+             "numbers a position, at SCALE times the embeddings' size; default gaussian:64:1")
     add("--uniform_update", choices=("hard", "marginal", "soft"), default="hard")
     # the machine
     add("--device", help="cuda, mps or cpu; default: the first that is there")
@@ -119,8 +121,14 @@ def parse_args(argv=None):
         raise BadInput(f"--stage {args.stage} is none of {args.process}: try --process duo")
     if args.init_from and args.stage not in ("dcd", "idlm"):
         raise BadInput(f"--init_from {args.init_from} gives a teacher: add --stage idlm (or dcd)")
+    latent = re.fullmatch(r"state|gaussian(?::([1-9]\d*)(?::(\d+\.?\d*))?)?", args.latent)
+    if not latent:
+        raise BadInput(f"--latent {args.latent}: use state, gaussian or, say, gaussian:64:1")
+    args.latent, args.latent_dim, args.latent_scale = (
+        args.latent.split(":")[0], int(latent[1] or 64), float(latent[2] or 1))
     if args.latent == "gaussian" and args.process == "duo":
         raise BadInput("--latent gaussian is for the masked process: leave it out")
+    args.pairing = args.pairing or ("matched" if args.process == "mdlm" else "independent")
     args.device = pick_device(args.device)
     args.preset = args.preset or ("gpu" if args.device.type == "cuda" else "laptop")
     args.out = Path(args.out or f"out/{args.process}")
@@ -292,8 +300,9 @@ def run_stage(args, stage, data):
     teacher = None
     if stage in ("dcd", "idlm"):
         teacher, meta["teacher"] = load_teacher(s, data, saved)
-        latent_dim = LATENT_DIM if stage == "idlm" and s.latent == "gaussian" else 0
-        config = replace(teacher.config, latent_dim=latent_dim, dropout=s.dropout)
+        latent_dim = s.latent_dim if stage == "idlm" and s.latent == "gaussian" else 0
+        config = replace(teacher.config, latent_dim=latent_dim, latent_scale=s.latent_scale,
+                         dropout=s.dropout)
     flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
     meta |= {"config": asdict(config), "args": flags}
     if saved and saved["config"] != meta["config"]:

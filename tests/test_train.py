@@ -155,7 +155,7 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
     assert (meta["step"], meta["updates"], meta["stage"], meta["process"], meta["block_size"]) == \
         (4, 4, args.stage, is_a, 16)
     assert net.config.causal == (is_a == "ar") and net.config.dropout == 0.1
-    assert net.config.latent_dim == (train.LATENT_DIM if args.latent == "gaussian" else 0)
+    assert net.config.latent_dim == (args.latent_dim if args.latent == "gaussian" else 0)
     assert all(p.isfinite().all() for p in net.parameters())
     if args.stage in ("dcd", "idlm"):        # it starts from the teacher and goes some way
         assert meta["teacher"] == str(teacher)
@@ -329,16 +329,30 @@ def test_times(finished, monkeypatch):
     Of 256 texts 128 +- 40 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
     of 64 within one slice of their place: 16 or more have odds 2e-10."""
     times = {}
-    for how in ("--pairing matched", "", "--latent gaussian"):
+    for how in ("", "--pairing independent", "--latent gaussian --pairing independent"):
         shutil.copytree(finished, "out")
         times[how] = [(t, t_tilde) for _, _, t, t_tilde, *_ in recorded_batches(
             monkeypatch, f"--stage idlm --updates 4 --batch_size 64 --micro_batch 64 {how}")]
         for t, _ in times[how]:
             assert torch.equal(((t - EPS) / (1 - EPS) * 64 + 1e-5).floor(), torch.arange(64.))
-    assert all((t - t_tilde).abs().max() < 1 / 64 for t, t_tilde in times["--pairing matched"])
-    assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in times[""]) < 16
-    full = sum((t_tilde == 1).sum() for (_, t_tilde) in times["--latent gaussian"][::2])
-    assert 88 < full < 168 and not any((t_tilde == 1).any() for _, t_tilde in times[""])
+    matched, apart, gaussian = times.values()
+    assert all((t - t_tilde).abs().max() < 1 / 64 for t, t_tilde in matched)
+    assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in apart) < 16
+    full = sum((t_tilde == 1).sum() for (_, t_tilde) in gaussian[::2])
+    assert 88 < full < 168 and not any((t_tilde == 1).any() for _, t_tilde in apart)
+    assert train.parse_args(["--process", "duo"]).pairing == "independent"
+
+
+def test_dimension_and_scale_of_the_latent():
+    """z's map has the size that --latent asks for, measured by the trained embedding."""
+    Path("out/mdlm/idlm.pt").unlink()
+    run("--stage idlm --latent gaussian:48:0.5 --updates 1 --lr 1e-9")
+    net, _ = checkpoint.load_network("out/mdlm/idlm.pt")
+    size = net.vocab_embed.embedding.std() * 0.5 / math.sqrt(48)
+    assert net.latent_proj.weight.shape == (net.config.width, 48)
+    assert net.latent_proj.weight.std() / size == pytest.approx(1, abs=0.1)
+    args = train.parse_args(["--latent", "gaussian"])
+    assert (args.latent, args.latent_dim, args.latent_scale) == ("gaussian", 64, 1.0)
 
 
 def test_duo_curriculum(monkeypatch):
@@ -744,6 +758,9 @@ def test_device_of_a_process(monkeypatch):
     ("--init_from out/mdlm/teacher.pt", "gives a teacher: add --stage idlm"),
     ("--stage teacher --init_from x.pt", "gives a teacher: add --stage idlm"),
     ("--process duo --latent gaussian", "--latent gaussian is for the masked process"),
+    ("--latent noise", "--latent noise: use state, gaussian or"),
+    ("--latent gaussian:0", "--latent gaussian:0: use state"),
+    ("--latent state:8", "--latent state:8: use state"),
     ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),
     ("--process duo --stage dcd --out new", "no checkpoint at new/teacher.pt; run python train.py"),
     ("--stage idlm --init_from out/duo/dcd.pt --out new", "out/duo/dcd.pt is a duo network"),
@@ -796,7 +813,7 @@ def test_unknown_cuda_is_refused():
 
 @pytest.mark.parametrize("flags", ["--process sedd", "--stage student", "--preset huge",
                                    "--tokenizer bert", "--uniform_update gentle", "--dtype int8",
-                                   "--pairing none", "--latent noise", "--updates many", "--max 1"])
+                                   "--pairing none", "--updates many", "--max 1"])
 def test_unknown_flag_values(flags, capsys):
     with pytest.raises(SystemExit) as error:
         run(flags)
