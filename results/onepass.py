@@ -121,10 +121,11 @@ class Network(DiT):
             h = h + self.latent_proj(own)
         if self.where.endswith("adaLN"):
             self.extra = self.to_cond(text)
-        return self.trunk(h, to_device(sigma, self.device).to(h.dtype))
+        sigma = to_device(sigma, self.device).to(h.dtype)
+        return self.trunk(h, sigma, *self.rotary_emb(h.shape[1]))
 
-    def trunk(self, h, sigma):                             # DiT's, with `extra`
-        cond, rotary = F.silu(self.sigma_map(sigma) + self.extra), self.rotary_emb(h.shape[1])
+    def trunk(self, h, sigma, *rotary):                    # DiT's, with `extra`
+        cond = F.silu(self.sigma_map(sigma) + self.extra)
         for block in self.blocks:
             h = block(h, cond, *rotary)
         return self.output_layer(h, cond)
@@ -132,12 +133,12 @@ class Network(DiT):
 
 def patch(run, start):
     """Called in the run's own process: nothing leaks into the next."""
-    train.LATENT_DIM, train.CLIP, train.FULL_NOISE = run["dim"], run["clip"], run["share"]
+    train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
     train.stratified_times = partial(stratified_times, t_min=run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
-    own, load, update = generator.gaussian_latent, train.load_teacher, train.Trainee.update
+    own, update = generator.gaussian_latent, train.Trainee.update
 
     def own_and_texts(net, x, mask_id, rng):
         z = own(net, x, mask_id, rng)
@@ -147,16 +148,11 @@ def patch(run, start):
                             generator=idlm_loss.device_rng(rng, z.device))
         return torch.cat([z, texts * (z != 0).any(-1, keepdim=True)], -1)
 
-    def scaled(*args):
-        net, name = load(*args)
-        net.config.latent_scale = run["scale"]
-        return net, name
-
     def annealed(self, step, part, loss_of):
         train.FULL_NOISE = 1 - 0.75 * step / self.s.updates
         return update(self, step, part, loss_of)
 
-    generator.gaussian_latent, train.load_teacher = own_and_texts, scaled
+    generator.gaussian_latent = own_and_texts
     if run["share"] == "annealed":
         train.Trainee.update = annealed
     if run["latent"] == "gaussian" and run["told"] != "sigma":
@@ -230,6 +226,8 @@ def work(run, sizes, args, data, words, known, gpu):
             flags |= dict(uniform_update=run["uniform_update"], init_from=teacher_of(run), out=out,
                           block_size=run["length"], batch_size=sizes["batch"], data=args.data,
                           micro_batch=sizes["batch"], tokenizer="char", device=args.device)
+            if run["latent"] == "gaussian":
+                flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}"
             train.PRESETS["gpu"]["save_every"] = 10 ** 9
             train.run_stage(train.parse_args(["--preset", "gpu", "--stage", "idlm", "--no-compile",
                                               *(f"--{k}={v}" for k, v in flags.items())]),
