@@ -58,6 +58,7 @@ TABLES = {
     "onepass": "model latent steps gen_ppl entropy bits_per_char known_words distinct4",
     "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",
     "updates": "update steps temperature gen_ppl_matched gen_ppl entropy known_words",
+    "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "toy": "data process model latent passes validity js kl",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
 SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde"}   # no results
