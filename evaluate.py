@@ -146,7 +146,7 @@ def ppl_at(target, entropies, log_ppls):
     return np.exp(np.interp(target, entropies[order], log_ppls[order]))
 
 
-def next_temperature(done, entropies, target, margin=0.02, most=6):
+def next_temperature(done, entropies, target, margin=0.03, most=6):
     """[the temperature to try next], or [] once `target` lies well inside the entropies or after
     `most`. Entropy rises with temperature: at 1.0 it was 2.8, so for 2.9 [1.2] is next."""
     if min(entropies) + margin < target < max(entropies) - margin or len(done) == most:

@@ -286,9 +286,8 @@ def test_next_temperature():
             done += more
         return done
 
-    assert sweep(2.79) == [1.0, 1.2, 1.4] and sweep(2.75) == [1.0, 1.2, 1.4]
-    assert sweep(2.73) == [1.0, 1.2] and sweep(2.67) == [1.0, 0.9, 0.8]
-    assert sweep(2.71) == [1.0, 1.2, 0.9]
+    assert sweep(2.79) == sweep(2.75) == [1.0, 1.2, 1.4] and sweep(2.65) == [1.0, 0.9, 0.8, 0.7]
+    assert sweep(2.72) == [1.0, 1.2, 0.9]
     assert sweep(9.0) == [1.0, 1.2, 1.4, 1.6, 1.8, 2.0] and len(sweep(0.0)) == 6
 
 
