@@ -49,7 +49,7 @@ PRESETS = {
         batch_size=64, micro_batch=64, ema=0.999, warmup=100, decay=0.1, beta2=0.95, save_every=600,
         teacher=dict(updates=2000, lr=3e-3), judge=dict(updates=450, lr=3e-3, batch_size=32),
         dcd=dict(updates=300, lr=3e-4, batch_size=32),
-        idlm=dict(updates=1100, lr=2e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20)),
+        idlm=dict(updates=750, lr=2e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20)),
     # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384", dropout=0.1,
