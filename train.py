@@ -41,7 +41,8 @@ from generator import draw_latent, sample
 from model import DiT, ModelConfig
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
-# A flag goes before the preset's entry for the stage, and that before the preset's general one.
+# A flag goes before the preset's entry for process and stage, that before the stage's, and that
+# before the general one.
 PRESETS = {
     # 2 CPU cores: nine minutes for everything. Characters of Shakespeare.
     "laptop": dict(
@@ -49,7 +50,8 @@ PRESETS = {
         batch_size=64, micro_batch=64, ema=0.999, warmup=100, decay=0.1, beta2=0.95, save_every=600,
         teacher=dict(updates=2000, lr=3e-3), judge=dict(updates=450, lr=3e-3, batch_size=32),
         dcd=dict(updates=300, lr=3e-4, batch_size=32),
-        idlm=dict(updates=750, lr=2e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20)),
+        idlm=dict(updates=750, lr=2e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20),
+        **{"duo idlm": dict(updates=1100)}),
     # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384", dropout=0.1,
@@ -157,7 +159,8 @@ def has_bfloat16(device):
 
 def settings_of(args, stage):
     preset = PRESETS[args.preset]
-    found = {k: v for k, v in preset.items() if not isinstance(v, dict)} | preset[stage]
+    found = {k: v for k, v in preset.items() if not isinstance(v, dict)} | preset[stage] \
+        | preset.get(f"{args.process} {stage}", {})
     found |= {k: v for k, v in vars(args).items() if v is not None or k not in found}
     s = argparse.Namespace(**found | {"stage": stage})
     s.world, s.rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0)))
