@@ -400,7 +400,8 @@ def rewrite_tables(readme="README.md", results="results"):
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
         runs = {r["runs"] for r in rows if not r.get("real")} or {1}
-        what = f"mean ± standard deviation of {max(runs)} runs, " * (max(runs) > 1) + \
+        many = " or ".join(str(n) for n in sorted(runs) if n > 1)
+        what = f"mean ± standard deviation of {many} runs, " * bool(many) + \
             "one run, in brackets 95 % intervals over texts where there are any" * (1 in runs)
         what = what.strip(", ").replace("s, one", "s; else one")
         return f"{begin}\n{records_table(rows, columns)}\n\n`results/{file}.json`: {what}\n{end}"
