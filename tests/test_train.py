@@ -706,11 +706,14 @@ def test_flags_and_presets(monkeypatch):
     assert set(train.PRESETS) == {"laptop", "gpu", "owt"}
     for name, preset in train.PRESETS.items():
         entries = {key: value for key, value in preset.items() if isinstance(value, dict)}
-        assert set(entries) == {"teacher", "dcd", "idlm", "judge"}
+        assert {key.split()[-1] for key in entries} == {"teacher", "dcd", "idlm", "judge"}
         assert set(preset) - set(entries) <= known
-        for stage, entry in entries.items():
-            assert set(entry) <= known
-            s = vars(train.settings_of(train.parse_args(["--preset", name]), stage))
+        for key, entry in entries.items():
+            *process, stage = key.split()        # "idlm", or "duo idlm" for one process alone
+            assert set(entry) <= known and set(process) <= set(train.STAGES)
+            flags = ["--preset", name, *(f"--process={p}" for p in process)]
+            s = vars(train.settings_of(train.parse_args(flags), stage))
+            assert all(s[setting] == value for setting, value in entry.items())
             needed = known - {"init_from"} - (set() if stage == "idlm" else {"fake_lr"})
             assert not [key for key in needed if s.get(key) is None]
             assert s["batch_size"] % s["micro_batch"] == 0
