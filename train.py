@@ -103,7 +103,7 @@ def parse_args(argv=None):
     # the method
     add("--pairing", choices=("independent", "matched"),
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
-             "default: what is better at equal entropy, matched if masked, else independent")
+             "default: matched if masked (better at equal entropy), else independent")
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
         help="masked: eps is the noised text, or with an added z (for 1 to 4 passes) of DIM\n"
              "numbers a position, at SCALE times the embeddings' size; default gaussian:64:1")
