@@ -26,6 +26,7 @@ tests/test_masked.py and tests/test_uniform_losses.py hold the dense formulas. D
 authors' code: log-softmax in float32 and no +-1e6 constants; `hard` and `marginal` updates for the
 uniform process beside their `soft` one. To reuse: copy this file alone (torch and nothing else).
 """
+import math
 from functools import lru_cache, partial
 
 import torch
@@ -33,9 +34,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 COMPILE = False           # True: `per_row` runs through torch.compile (train.py sets it on a GPU)
-CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,024 rows of 50,257 words
+CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,335 rows of 50,257 words
+COMPILED_CHUNKS = 8       # times as many where compiled: in half precision, and nothing beside them
 KEEP_ELEMENTS = 2 ** 22   # logits as few as this wait for the backward instead of being recomputed
 KEEP_COMPILED = 2 ** 31   # the same compiled, which keeps them once, in half precision: 4 GiB
+TUNE = {}                 # torch.compile's options
 
 
 # ---- tools: rows in chunks, draws ---------------------------------------------------------------
@@ -53,7 +56,7 @@ def on_logits(formula, K, nets, *rows):
 
 @lru_cache(maxsize=None)
 def compiled(function):
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, options=TUNE)
 
 
 def to_device(x, device):
@@ -63,31 +66,27 @@ def to_device(x, device):
     return x.to(device)
 
 
-def rows_at_once(K, chunk=1):                              # a power of 2
-    return 1 << max(1, chunk * CHUNK_ELEMENTS // K).bit_length() - 1
-
-
-def per_row(formula, K, nets, *rows, chunk=1):
+def per_row(formula, K, nets, *rows):
     """formula(logits, ..., other rows, ...) -> (N,), evaluated chunk by chunk.
 
     rows: a hidden row tensor (N, D) for each network, then further row tensors (N, ...), which go
-    with them, and scalars, which go to every chunk. chunk: how many times CHUNK_ELEMENTS at once.
+    with them, and scalars, which go to every chunk.
     The backward pass projects a chunk again instead of keeping its logits, so that (N x K) never
-    exists. Compiled, all chunks have one shape (the last is filled up): nothing compiles twice.
+    exists; compiled, where they are half as large, they are kept while they are few. The number of
+    rows is marked as one that varies: nothing compiles twice.
     """
     N = len(rows[0])
     if N * K <= min(KEEP_ELEMENTS, CHUNK_ELEMENTS):
         return on_logits(formula, K, nets, *rows)
-    size = rows_at_once(K, chunk)
-    is_row = [torch.is_tensor(r) and r.dim() > 0 for r in rows]
-    if COMPILE and N % size:             # with copies of the last row: finite, and cut off again
-        rows = [torch.cat([r, r[-1:].expand(-N % size, *r.shape[1:])]) if ok else r
-                for r, ok in zip(rows, is_row)]
     run = compiled(on_logits) if COMPILE else on_logits
     if torch.is_grad_enabled() and not (COMPILE and N * K * len(nets) <= KEEP_COMPILED):
         run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([run(formula, K, nets, *(r[i:i + size] if ok else r for r, ok in
-                                              zip(rows, is_row))) for i in range(0, N, size)])[:N]
+    n = min(N, math.ceil(N * K / (CHUNK_ELEMENTS * (COMPILED_CHUNKS if COMPILE else 1))))
+    chunks = [*zip(*(r.tensor_split(n) if torch.is_tensor(r) and r.dim() else [r] * n
+                     for r in rows))]
+    for row in (r for chunk in chunks for r in chunk if COMPILE and torch.is_tensor(r) and r.dim()):
+        torch._dynamo.maybe_mark_dynamic(row, 0)
+    return torch.cat([run(formula, K, nets, *chunk) for chunk in chunks])
 
 
 def sample_categorical(logits, u):
@@ -96,19 +95,21 @@ def sample_categorical(logits, u):
     u: uniform in [0, 1), one number per row. Two levels (blocks of words, then words of the block)
     keep the cumulative sums short; they run in float64 where the device has it, so that rare
     tokens keep their probability: a float32 sum over 50,257 words, or float32 Gumbel noise, loses
-    the tail (arXiv 2409.02908). Exact up to the float32 rounding of the softmax itself.
+    the tail (arXiv 2409.02908). Exact up to the float32 rounding of the exponentials themselves.
     """
     precise = torch.float32 if logits.device.type == "mps" else torch.float64
-    K = logits.shape[-1]
-    block = max(1, int(K ** 0.5))
-    probs = F.pad(upcast(logits).softmax(-1), (0, -K % block)).unflatten(-1, (-1, block))
-    mass = probs.sum(-1, dtype=precise).cumsum(-1)                   # (N, blocks)
+    block = max(1, int(logits.shape[-1] ** 0.5))
+    logits = F.pad(logits, (0, -logits.shape[-1] % block), value=-torch.inf)
+    logits = logits.unflatten(-1, (-1, block))                       # (N, blocks, block)
+    top = upcast(logits).amax((1, 2), keepdim=True)                  # weights need not sum to 1
+    mass = (upcast(logits) - top).exp().sum(-1, dtype=precise).cumsum(-1)           # (N, blocks)
     tiny = torch.finfo(precise).eps                                  # u may have rounded up to 1
-    u = u.to(mass).clamp(max=1 - tiny)[:, None] * mass[:, -1:]       # the rows sum to 1 only nearly
+    u = u.to(mass).clamp(max=1 - tiny)[:, None] * mass[:, -1:]
     # `right`: the first entry whose cumulative mass exceeds u, so a word of mass 0 is never taken.
     which = torch.searchsorted(mass, u, right=True).clamp(max=mass.shape[1] - 1)
     rest = u - torch.where(which > 0, mass.gather(1, (which - 1).clamp(min=0)), 0)
-    inside = probs.gather(1, which[..., None].expand(-1, -1, block))[:, 0].to(precise).cumsum(-1)
+    chosen = logits.gather(1, which[..., None].expand(-1, -1, block))[:, 0]  # logits: kept anyway
+    inside = (upcast(chosen) - top[:, 0]).exp().to(precise).cumsum(-1)
     rest = torch.minimum(rest, inside[:, -1:] * (1 - tiny))          # rounding: stay in the block
     return (which * block + torch.searchsorted(inside, rest, right=True).clamp(max=block - 1))[:, 0]
 
@@ -284,8 +285,8 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
 def uniform_mean(formula, K, nets, hs, z, *per_text):
     """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t)."""
     per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
-    return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(), *per_text,
-                   chunk=4).mean()              # always B * L rows: larger chunks waste none
+    return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(),
+                   *per_text).mean()
 
 
 @torch.no_grad()
@@ -374,7 +375,8 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     while True:                                            # which entries survive, and their noise
         found, k, noise_rng = [], min(k, K), torch.Generator(h_g.device).manual_seed(seed)
         with torch.no_grad():
-            for h, s, d in zip(*(x.split(rows_at_once(K)) for x in (h_g.flatten(0, 1), scale, std))):
+            for h, s, d in zip(*(x.split(max(1, CHUNK_ELEMENTS // K)) for x in
+                                   (h_g.flatten(0, 1), scale, std))):
                 xi = torch.randn(len(h), K, generator=noise_rng, device=h.device, dtype=s.dtype)
                 top, ids = run(noisy_top, K, (generator,), h, xi, s, d, k)
                 found.append((top, ids, d * xi.gather(1, ids)))
@@ -384,8 +386,7 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
         k *= 2                                             # the same noise again: no row is favoured
     weights = (top / tau).softmax(-1)
     if torch.is_grad_enabled():                            # the same, as a function of G
-        weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau,
-                          chunk=4)
+        weights = per_row(state_weights, K, (generator,), h_g.flatten(0, 1), ids, noise, scale, tau)
     return (weights.view(B, L, -1), ids.view(B, L, -1)), ids[:, 0].contiguous().view(B, L)
 
 

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
+TUNE = {}
+
 @dataclass
 class ModelConfig:
     """All that is needed to rebuild a network; saved as a dict inside every checkpoint."""
@@ -229,7 +231,8 @@ class DiT(nn.Module):
         the next torch.compiler.cudagraph_mark_step_begin(). Elsewhere block by block, where one
         compilation of seconds serves all."""
         if self.device.type == "cuda":
-            self.trunk = torch.compile(self.trunk, dynamic=False, mode="reduce-overhead")
+            self.trunk = torch.compile(self.trunk, dynamic=False,
+                                       options={"triton.cudagraphs": True} | TUNE)
         else:
             for module in (*self.blocks, self.output_layer):
                 module.compile()

@@ -250,7 +250,7 @@ def duo_loss(net, process, x_0, rng, soft=False, t=None):
     h = net.hidden(x_in, -a.log())
     L, rows = x_0.shape[1], (to_device(x, h.device).flatten() for x in (x_0, z))
     return per_row(hard_nelbo, process.K, (net,), h.flatten(0, 1), *rows, rows_of(a, L, h.device),
-                   rows_of(dalpha, L, h.device), chunk=4).mean()
+                   rows_of(dalpha, L, h.device)).mean()
 
 
 def hard_nelbo(logits_f, x, z, a, dalpha):                 # (N, K), (N,) x2, (N, 1) x2 -> (N,)
@@ -280,7 +280,7 @@ def dcd_loss(student, teacher, process, x_0, delta, rng, t=None):
         h_teacher = teacher.hidden(z_s, -process.gaussian(s)[2].log())
 
     return per_row(kl, process.K, (student, frozen(teacher)),
-                   h.flatten(0, 1), h_teacher.flatten(0, 1), chunk=4).mean()
+                   h.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
 
 
 def kl(logits_p, logits_q):                                # (N, K) x2 -> (N,)

@@ -155,7 +155,7 @@ def test_chunks_are_recomputed_and_change_nothing(rng, monkeypatch):
     dense = 3.0 * (h @ w).logsumexp(-1) + shift
     expected = torch.autograd.grad(dense.sum(), w, retain_graph=True)[0]
     for chunk, keep, sizes in ((2 ** 26, 2 ** 22, [10]), (2 ** 26, 0, [10, 10]),
-                               (5 * K, 2 ** 22, [4, 4, 2] * 2)):
+                               (4 * K, 2 ** 22, [3, 3, 4] * 2)):
         monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", chunk)
         monkeypatch.setattr(idlm_loss, "KEEP_ELEMENTS", keep)
         calls.clear()
@@ -168,23 +168,25 @@ def test_chunks_are_recomputed_and_change_nothing(rng, monkeypatch):
 
 
 def test_compiled_rows_are_the_eager_rows(rng, monkeypatch):
-    """COMPILE fills the last chunk up with copies of a row: value and gradient stay the same, and
-    another number of rows compiles nothing new."""
-    logits = torch.randn(3, 13, 8, generator=rng, dtype=torch.float64)
+    """COMPILE takes larger chunks and marks their length as varying: value and gradient stay the
+    same, and other numbers of rows compile nothing new."""
     w = torch.randn(8, 8, generator=rng, dtype=torch.float64).requires_grad_()
     nets = [Logits(None) for _ in range(3)]
     nets[0].project = lambda h: h @ w
-    found = {}
-    monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", 4 * 8)
-    monkeypatch.setattr(idlm_loss, "compiled", lambda f: lambda *args: (
-        sizes.append(len(args[3])), f(*args))[1])
-    for compile_ in (False, True):
-        monkeypatch.setattr(idlm_loss, "COMPILE", compile_)
-        sizes = []
-        loss = per_row(masked_gap, 8, nets, *logits)
-        found[compile_] = loss.detach(), torch.autograd.grad(loss.sum(), w)[0]
-        assert set(sizes) == ({4} if compile_ else set())
-    assert_same(found[True], found[False])
+    monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", 2 * 8)
+    monkeypatch.setattr(idlm_loss, "COMPILED_CHUNKS", 3)
+    graphs, found = [], {}
+    run = torch.compile(idlm_loss.on_logits, dynamic=False,
+                        backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(idlm_loss, "compiled", lambda f: run)
+    for n in (13, 4, 11, 6):
+        logits = torch.randn(3, n, 8, generator=rng, dtype=torch.float64)
+        for compile_ in (False, True):
+            monkeypatch.setattr(idlm_loss, "COMPILE", compile_)
+            loss = per_row(masked_gap, 8, nets, *logits)
+            found[compile_] = loss.detach(), torch.autograd.grad(loss.sum(), w)[0]
+        assert_same(found[True], found[False])
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("x_tilde, masked",
