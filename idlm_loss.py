@@ -125,6 +125,15 @@ def draw_tokens(net, h, K, rng):
     return per_row(sample_categorical, K, (net,), h, uniforms(len(h), rng, h.device))
 
 
+def entry(rows, index):                                    # (N, K), (N,) -> (N, 1): rows[i, index[i]]
+    """By a comparison where compiled: it joins the kernel around it, also backwards, where `gather`
+    writes a (N, K) of zeros."""
+    if torch.compiler.is_compiling():
+        words = torch.arange(rows.shape[1], device=rows.device)
+        return torch.where(words == index[:, None], rows, 0).sum(-1, keepdim=True)
+    return rows.gather(1, index[:, None])
+
+
 class frozen:
     """A network whose projection takes no gradient and keeps nothing for a backward pass."""
 
@@ -150,17 +159,23 @@ def flat_rows(mask, device):
 # x_tilde = eps[0] be the generator's input. Where it is visible, G is that very token, without
 # gradient; so the generator's loss needs the positions masked in both x_tilde and x_t.
 
-def cross_entropy(logits, x):                              # (N, K), (N,) -> (N,)
-    return -upcast(logits).log_softmax(-1).gather(1, x[:, None])[:, 0]
+# Rows of logits are a constant, their logsumexp, above log f; where that is taken out of a sum over
+# words, as here, the backward pass needs no second sum.
+
+def cross_entropy(logits, x):                              # (N, K), (N,) -> (N,): -log f_x
+    logits = upcast(logits)
+    return logits.logsumexp(-1) - entry(logits, x)[:, 0]
 
 
 def soft_cross_entropy(logits_f, logits_g):                # (N, K), (N, K) -> (N,): -<G, log f>
-    return -(upcast(logits_g).softmax(-1) * upcast(logits_f).log_softmax(-1)).sum(-1)
+    logits_f = upcast(logits_f)
+    return logits_f.logsumexp(-1) - (upcast(logits_g).softmax(-1) * logits_f).sum(-1)
 
 
 def masked_gap(logits_g, logits_f, logits_t):              # -> (N,): <G, log f - log f*>
-    G = upcast(logits_g).softmax(-1)
-    return (G * (upcast(logits_f).log_softmax(-1) - upcast(logits_t).log_softmax(-1))).sum(-1)
+    logits_f, logits_t = upcast(logits_f), upcast(logits_t)
+    mean = (upcast(logits_g).softmax(-1) * (logits_f - logits_t)).sum(-1)
+    return mean - logits_f.logsumexp(-1) + logits_t.logsumexp(-1)
 
 
 @torch.no_grad()
@@ -237,7 +252,7 @@ def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
     K = logits_f.shape[-1]
     xbar = K * a * x_0_probs + (1 - a)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
-    xbar_z, fbar_z = xbar.gather(1, z[:, None]), fbar.gather(1, z[:, None])
+    xbar_z, fbar_z = entry(xbar, z), entry(fbar, z)
     inner = (xbar * (xbar / fbar).log()).sum(-1, keepdim=True) - K * (xbar_z / fbar_z).log()
     return (-dalpha / (K * a) * (inner / xbar_z - K / xbar_z + K / fbar_z))[:, 0]
 
@@ -247,13 +262,13 @@ def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log tbar_v / tbar_z)
         + K / tbar_z - K / fbar_z ]
     with tbar the teacher's."""
-    K, index = logits_g.shape[-1], z[:, None]
+    K = logits_g.shape[-1]
     xbar = K * a * upcast(logits_g).softmax(-1) + (1 - a)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
-    fbar_z, tbar_z = fbar.gather(1, index), tbar.gather(1, index)
+    xbar_z, fbar_z, tbar_z = (entry(rows, z) for rows in (xbar, fbar, tbar))
     inner = (xbar * (fbar / tbar).log()).sum(-1, keepdim=True) - K * (fbar_z / tbar_z).log()
-    return (-dalpha / (K * a) * (inner / xbar.gather(1, index) + K / tbar_z - K / fbar_z))[:, 0]
+    return (-dalpha / (K * a) * (inner / xbar_z + K / tbar_z - K / fbar_z))[:, 0]
 
 
 def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):

@@ -63,15 +63,15 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim))
 
-    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, d / 2)
+    def forward(self, num_positions, start=0):       # -> (L, 1, d / 2) and (L, 2, d / 2): -+ sin
         position = torch.arange(num_positions, device=self.inv_freq.device) + start
-        angle = position[:, None] * self.inv_freq
-        return angle.cos(), angle.sin()
+        angle = position[:, None, None] * self.inv_freq
+        return angle.cos(), torch.cat([-angle.sin(), angle.sin()], dim=1)
 
 
 def rotate(x, cos, sin):                                             # (B, H, L, d) -> (B, H, L, d)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    halves = x.unflatten(-1, (2, -1))                # x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -207,7 +207,7 @@ class DiT(nn.Module):
         # The angles come from outside: compiled, every kernel would compute its cosines anew.
         return self.trunk(h, sigma, *self.rotary_emb(h.shape[1]))
 
-    def trunk(self, h, sigma, cos, sin):           # (B, L, D), (B,), (L, d / 2) x2 -> (B, L, D)
+    def trunk(self, h, sigma, cos, sin):           # (B, L, D), (B,), Rotary's -> (B, L, D)
         cond = F.silu(self.sigma_map(sigma))
         for block in self.blocks:
             h = block(h, cond, cos, sin)

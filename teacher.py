@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from idlm_loss import (cross_entropy, flat_rows, frozen, is_enough, per_row, rows_of, to_device,
+from idlm_loss import (cross_entropy, entry, flat_rows, frozen, is_enough, per_row, rows_of, to_device,
                        uniform_nelbo_probs, upcast)
 
 EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
@@ -260,7 +260,7 @@ def hard_nelbo(logits_f, x, z, a, dalpha):                 # (N, K), (N,) x2, (N
     """
     K, b = logits_f.shape[-1], 1 - a
     fbar = K * a * upcast(logits_f).softmax(-1) + b
-    fbar_z, fbar_x = fbar.gather(1, z[:, None]), fbar.gather(1, x[:, None])
+    fbar_z, fbar_x = entry(fbar, z), entry(fbar, x)
     top, hit = K * a + b, (x == z)[:, None]
     xbar_z = torch.where(hit, top, b)
     cross = b * (fbar_z.log() * K - fbar.log().sum(-1, keepdim=True)) \

@@ -14,7 +14,7 @@ from generator import draw_latent
 from idlm_loss import (masked_fake_loss, masked_gap, masked_generator_loss, per_row,
                        renoise_masked, soft_cross_entropy)
 from model import DiT, ModelConfig
-from teacher import EPS, Masked, mdlm_loss, stratified_times
+from teacher import EPS, Masked, hard_nelbo, mdlm_loss, stratified_times
 
 K, B, L = 7, 5, 6
 PROCESS = Masked(K + 1)
@@ -187,6 +187,22 @@ def test_compiled_rows_are_the_eager_rows(rng, monkeypatch):
             found[compile_] = loss.detach(), torch.autograd.grad(loss.sum(), w)[0]
         assert_same(found[True], found[False])
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("formula, nets", [
+    (idlm_loss.cross_entropy, 1), (idlm_loss.uniform_nelbo, 2), (idlm_loss.hard_gap, 3),
+    (hard_nelbo, 1)])
+def test_compiled_formulas_are_the_eager_ones(formula, nets, rng):
+    """A compiled formula takes one word of a row by comparison, an eager one by `gather`."""
+    logits = torch.randn(nets, 6, 9, generator=rng, dtype=torch.float64).requires_grad_()
+    words = torch.randint(9, (2, 6), generator=rng)
+    a = torch.rand(6, 1, generator=rng, dtype=torch.float64)
+    others = {idlm_loss.cross_entropy: words[:1], hard_nelbo: (*words, a, -a)}.get(
+        formula, (words[0], a, -a))
+    compiled = torch.compile(formula, backend="aot_eager")
+    found, expected = compiled(*logits, *others), formula(*logits, *others)
+    assert_same([found], [expected])
+    assert_same(torch.autograd.grad(found.sum(), logits), torch.autograd.grad(expected.sum(), logits))
 
 
 @pytest.mark.parametrize("x_tilde, masked",
