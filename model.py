@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-TUNE = {}
+TUNE = {"max_autotune_pointwise": True}   # torch.compile: time some ways to run a fused kernel
+
 
 @dataclass
 class ModelConfig:

@@ -8,20 +8,20 @@
 # H100's class need nine minutes for each; for one, set LIMIT=3600. TINY=1 tries everything on a CPU.
 #   NOVELS   the texts, a glob of .txt[.gz|.xz]; a document each, the last 4 % (3 of 90) held out
 #   OUT_DIR  runs, one folder each; its log/NAME.txt is what NAME printed
-#   UPDATES  of a generator in its base setting; the others are below
+#   UPDATES  of a masked generator in its base setting; the others are below
 #   HOLD     a file: until it is there, something else is using GPU 0
 set -uf -o pipefail                    # no globbing: $NOVELS goes to Python as it is
 cd "$(dirname "$0")/.."
 phase=${1:?train or eval}
 NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-540}
-UPDATES=${UPDATES:-800} MASKED=${MASKED:-9000} DUO=${DUO:-5000} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000}
+UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-1200} MASKED=${MASKED:-9000} DUO=${DUO:-5000} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000}
 NET="--tokenizer gpt2 --block_size 256 --size 8x6x384 --preset gpu"
 TEXTS=512 KNOB_TEXTS=256 SEEDS="1 2 3" KNOB_SEEDS="1 2"
 BATCH=64 MORE=3000 FEWER=250 FASTER=1
-GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} WORKERS=${WORKERS:-3}       # workers a GPU
+GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} WORKERS=${WORKERS:-2}       # workers a GPU
 if [ "${TINY:-}" ]; then
     NET="--tokenizer char --block_size 32 --size 1x2x32 --preset laptop --no-compile --device cpu"
-    UPDATES=4 MASKED=12 DUO=12 JUDGE=8 DCD=5 MORE=6 FEWER=2 BATCH=8 TEXTS=16 KNOB_TEXTS=16
+    UPDATES=4 UNIFORM=4 MASKED=12 DUO=12 JUDGE=8 DCD=5 MORE=6 FEWER=2 BATCH=8 TEXTS=16 KNOB_TEXTS=16
     SEEDS="1 2" KNOB_SEEDS=1 FASTER=9
 fi
 GPUS=$((GPUS > 0 ? GPUS : 1))
@@ -98,32 +98,33 @@ teachers() {
     train duo__dcd duo__teacher - 40 --process duo --stage dcd --init_from $duo --updates "$DCD"
 }
 
-IDLM="--stage idlm --batch_size $BATCH --updates $UPDATES --pairing matched"
+IDLM="--stage idlm --batch_size $BATCH"
 
 uniform() {                            # start update seed seconds
     local from; from=$([ "$1" = dcd ] && echo $dcd || echo $duo)
-    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --uniform_update $2 --seed $3 \
-        --init_from $from
+    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --updates $UNIFORM --lr 1e-4 \
+        --uniform_update $2 --seed $3 --init_from $from
 }
 
 generators() {
-    local seed
+    local seed update
     for seed in $SEEDS; do
-        train mdlm__idlm__teacher__$seed mdlm__teacher - 40 --process mdlm $IDLM --seed $seed \
-            --init_from $teacher
+        train mdlm__idlm__teacher__$seed mdlm__teacher - 40 --process mdlm $IDLM --updates $UPDATES \
+            --seed $seed --init_from $teacher
     done
     for seed in $SEEDS; do
-        uniform dcd hard $seed 50
-        uniform dcd marginal $seed 50
-        [ $seed = 1 ] && uniform teacher hard 1 50 && uniform teacher marginal 1 50
+        uniform dcd hard $seed 60
     done
-    uniform dcd soft 1 150
-    uniform teacher soft 1 150
+    for update in hard marginal soft; do
+        uniform teacher $update 1 $([ $update = soft ] && echo 120 || echo 60)
+        [ $update = hard ] || uniform dcd $update 1 $([ $update = soft ] && echo 120 || echo 60)
+    done
 }
 
 knob() {                               # NAME VALUE seed seconds flags: one step off the base setting
     local run=mdlm__knob__$1__$2__$3
-    train $run mdlm__teacher - $4 --process mdlm $IDLM --seed $3 --init_from $teacher "${@:5}"
+    train $run mdlm__teacher - $4 --process mdlm $IDLM --updates $UPDATES --seed $3 --init_from $teacher \
+        "${@:5}"
     [ "$phase" = eval ] && knob_records $run $run
 }
 
@@ -138,9 +139,9 @@ knobs() {                              # the most informative first; the second 
         [ "$phase" = eval ] && knob_records mdlm__knob__base__base__$seed mdlm__idlm__teacher__$seed
         knob updates $MORE $seed 180 --updates $MORE
         knob pairing independent $seed 50 --pairing independent
+        knob lr 1e-4 $seed 50 --lr 1e-4
         knob updates $FEWER $seed 30 --updates $FEWER
         knob fake_updates 2 $seed 70 --fake_updates 2
-        knob lr 1e-4 $seed 50 --lr 1e-4
         knob lr 1e-5 $seed 50 --lr 1e-5
         knob fake_lr 1e-3 $seed 50 --fake_lr 1e-3
         knob fake_lr 1e-4 $seed 50 --fake_lr 1e-4
@@ -165,7 +166,7 @@ evaluations() {                        # the longest first
         run=mdlm__idlm__teacher__$seed
         evaluate $run $run 60 $OUT_DIR/$run/idlm.pt --steps 1 2 4 8 16 32 64 $texts --seed $seed
         for run in dcd__hard dcd__marginal teacher__hard teacher__marginal dcd__soft teacher__soft; do
-            [ $seed = 1 ] || [[ $run = dcd__[hm]* ]] || continue
+            [ $seed = 1 ] || [ $run = dcd__hard ] || continue
             run=duo__idlm__${run}__$seed
             evaluate $run $run 60 $OUT_DIR/$run/idlm.pt --steps 1 2 4 8 16 $both $texts --seed $seed
         done
