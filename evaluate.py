@@ -57,7 +57,7 @@ TABLES = {
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
     "onepass": "model latent steps gen_ppl entropy bits_per_char known_words distinct4",
     "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",
-    "updates": "update steps temperature gen_ppl_matched gen_ppl entropy known_words",
+    "updates": "update steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "toy": "data process model latent passes validity js kl",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
