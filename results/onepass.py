@@ -453,22 +453,22 @@ def table(args):
 
 
 def plot(args):
-    """Matched gen_ppl against passes; hollow, where it is not reached: gen_ppl and its entropy."""
+    """Matched gen_ppl against passes; where it is not reached hollow: gen_ppl, beside its entropy.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
     found = [*groups(args)]
     figure = Figure((5.5 * len(found), 4.2), dpi=180, layout="constrained")
     for ax, (title, real, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
         for i, variant in enumerate(["teacher", *args.pick]):
             line = [*lines.get((variant, "fresh z", "ancestral"), {}).values()]
-            y = [r.get("gen_ppl_matched") or r["gen_ppl"] for r in line]
-            ax.plot([r["passes"] for r in line], y, color=f"C{i}", lw=1.3,
-                    label=variant if line else None)
-            for r, at in zip(line, y):
-                reached = r.get("gen_ppl_matched")
-                ax.plot(r["passes"], at, "o", ms=5, color=f"C{i}", mfc=f"C{i}" if reached else "w")
-                if not reached:
-                    ax.annotate(f"{r['entropy']:.2f}", (r["passes"], at), (5, 3), fontsize=7,
-                                color=f"C{i}", textcoords="offset points")
+            x, y = [r["passes"] for r in line], [r["gen_ppl_matched"] or r["gen_ppl"] for r in line]
+            ax.plot(x, y, "o-", color=f"C{i}", ms=4, lw=1.3, label=variant if line else None)
+            for r, *at in zip(line, x, y):
+                if not r["gen_ppl_matched"]:
+                    ax.plot(*at, "o", color=f"C{i}", ms=4, mfc="white")
+                    ax.annotate(f"{r['entropy']:.2f}", at, (5, 3), color=f"C{i}", fontsize=7,
+                                textcoords="offset points")
         ax.axhline(real["gen_ppl"], color="black", ls="--", lw=1,
                    label=f"held-out text, entropy {real['entropy']:.2f}")
         ax.set_xscale("log", base=2)
@@ -476,6 +476,7 @@ def plot(args):
         ax.set(title=title, yscale="log", ylabel="gen_ppl at the entropy of held-out text",
                xlabel="network passes (hollow: entropy not reached, beside it)")
         ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=8)
