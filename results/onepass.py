@@ -12,7 +12,7 @@ Teachers and judges are trained where missing, in out/onepass/DATA_L/ (with GPT-
 out/onepass/DATA-gpt2_L/); your own teacher.pt, judge.pt or duo/teacher.pt there are taken as they
 are. A run is a process of its own, forked off with the text in memory: it may change the program
 for a variant. It trains, samples, and writes results/onepass/NAME.json at once and whole; a NAME
-that is there is not run again. To stop: timeout, or SIGTERM; nothing is left half-written.
+that is there is not run again. SIGTERM stops it all and leaves nothing half-written.
 
 merge writes results/onepass.json: README's table has the variants of --pick, the rest is "extra".
 Temperatures as in evaluate.py: as many as bracket the entropy of held-out text, at most 6.
@@ -24,6 +24,7 @@ copied          share of a text's 20-grams (of GPT-2's words 5-grams, which are 
 gap_1 ... gap_4 the training gap, mean of each quarter of the run: does it still fall?
 """
 import argparse
+import atexit
 import json
 import math
 import multiprocessing
@@ -42,6 +43,7 @@ for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):     # many pro
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock               # comes with torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,8 +61,8 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             told="sigma", start="teacher", uniform_update="hard", lr=1e-4, fake_lr=2e-4,
             fake_updates=1, t_min=EPS, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="independent", batch=128, updates=1200)
-FREE, DUO = {"latent": "state"}, {"latent": "state", "process": "duo"}
-TEACHER, DUO_TEACHER = {"latent": "state", "updates": 0}, DUO | {"updates": 0}
+FREE = {"latent": "state"}
+TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
     "first": [TEACHER, {}, FREE, {"pairing": "matched"}, FREE | {"pairing": "matched"},
               {"t_min": 0.01}, {"scale": 3.0}, {"dropout": 0.0}, {"where": "embedding+adaLN"},
@@ -68,14 +70,12 @@ TASKS = {                                # most important first; a run without "
               {"where": "tokens"}, {"scale": 8.0}, {"lr": 2e-4, "fake_lr": 4e-4}],
     "axes": [{"t_min": 0.01, "dropout": 0.0, "scale": 3.0}, {"scale": 0.35}, {"lr": 5e-5},
              {"lr": 3e-4, "fake_lr": 6e-4}, {"fake_lr": 4e-4}, {"fake_updates": 4},
-             {"share": "annealed"}, {"share": 0.25}, {"start": "latent-free"}, {"dim": 16},
-             {"dim": 256}, {"where": "text"}, {"told": "t"}, {"clip": 100.0},
-             {"share": 1.0, "told": "none"}, {"dtype": "float32"}, {"seed": 2}, FREE | {"seed": 2},
+             {"share": 0.25}, {"start": "latent-free"}, {"dim": 16}, {"dim": 256},
+             {"where": "text"}, {"told": "t"}, {"clip": 100.0}, {"share": 1.0, "told": "none"},
+             {"dtype": "float32"}, {"updates": 3600}, {"seed": 2}, FREE | {"seed": 2},
              {"pairing": "matched", "seed": 2}, {"t_min": 0.01, "seed": 2},
-             {"scale": 3.0, "seed": 2}, {"dropout": 0.0, "seed": 2}, {"updates": 3600}],
-    "uniform": [DUO_TEACHER, DUO, DUO | {"uniform_update": "marginal"}, DUO | {"lr": 3e-5},
-                DUO | {"uniform_update": "marginal", "lr": 3e-5}, DUO | {"seed": 2},
-                DUO | {"uniform_update": "marginal", "seed": 2}],
+             {"scale": 3.0, "seed": 2}, {"dropout": 0.0, "seed": 2}],
+    "uniform": [DUO | {"updates": 0}, DUO, DUO | {"uniform_update": "marginal"}],
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
 STEPS, TEACHER_STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4)
@@ -139,14 +139,14 @@ class Network(DiT):
         return self.output_layer(h, cond)
 
 
-def patch(run, start):
+def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
     train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
     train.stratified_times = partial(stratified_times, t_min=run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
-    own, update = generator.gaussian_latent, train.Trainee.update
+    own = generator.gaussian_latent
 
     def own_and_texts(net, x, mask_id, rng):
         z = own(net, x, mask_id, rng)
@@ -156,13 +156,7 @@ def patch(run, start):
                             generator=idlm_loss.device_rng(rng, z.device))
         return torch.cat([z, texts * (z != 0).any(-1, keepdim=True)], -1)
 
-    def annealed(self, step, part, loss_of):
-        train.FULL_NOISE = 1 - 0.75 * step / self.s.updates
-        return update(self, step, part, loss_of)
-
     generator.gaussian_latent = own_and_texts
-    if run["share"] == "annealed":
-        train.Trainee.update = annealed
     if run["latent"] == "gaussian" and run["told"] != "sigma":
         say = {"none": torch.zeros_like, "t": lambda sigma: (1 - (-sigma).exp()) / (1 - EPS)}
         fake, gap = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
@@ -179,7 +173,7 @@ def variant_of(run):
     if not run["updates"]:
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
-    skip += ["where", "dim", "scale", "share", "told"] * (run["latent"] == "state")
+    skip += ["where", "dim", "scale", "share", "told", "start"] * (run["latent"] == "state")
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
 
@@ -188,21 +182,15 @@ def name_of(run):
     return f"{run['data']}_{run['length']}_{variant_of(run)}_{run['seed']}".replace(" ", "_")
 
 
-def folder_of(run, process=""):
-    return Path("out/onepass", f"{run['data']}_{run['length']}", process)
+def folder_of(run):
+    return Path("out/onepass", f"{run['data']}_{run['length']}")
 
 
-def teacher_of(run):
-    return folder_of(run, "" if run["process"] == "mdlm" else "duo") / "teacher.pt"
-
-
-def judge_of(run):
-    return folder_of(run) / "judge.pt"
-
-
-def start_of(run):                       # the latent-free generator that a run goes on from
-    free = run | FREE | {"start": "teacher", "seed": 1}
-    return run["start"] == "latent-free" and folder_of(run) / name_of(free) / "idlm.pt"
+def needs_of(run):
+    """Files: teacher, judge, and perhaps the latent-free generator that a run goes on from."""
+    folder, goes_on = folder_of(run), run["start"] == "latent-free" and run["latent"] == "gaussian"
+    found = [folder / ("duo" * (run["process"] == "duo")) / "teacher.pt", folder / "judge.pt"]
+    return found + [folder / name_of(run | FREE | {"seed": 1}) / "idlm.pt"] * goes_on
 
 
 def overlap(tokens):                                       # (N, L) -> float
@@ -222,11 +210,11 @@ def grams(tokens, n):                                      # (..., L) -> (..., L
 
 def train_run(run, out, args, data):
     """-> what its records say of the training"""
-    patch(run, start_of(run))
-    began = time.time()
+    began, (teacher, _, *start) = time.time(), needs_of(run)
+    patch(run, *start)
     flags = {k: run[k] for k in ("process", "latent", "uniform_update", "lr", "fake_lr", "dropout",
                                  "fake_updates", "dtype", "pairing", "updates", "seed")}
-    flags |= dict(init_from=teacher_of(run), out=out, block_size=run["length"], data=args.data,
+    flags |= dict(init_from=teacher, out=out, block_size=run["length"], data=args.data,
                   batch_size=run["batch"], micro_batch=run["batch"], tokenizer=args.tokenizer,
                   device=args.device)
     if run["latent"] == "gaussian":
@@ -254,9 +242,10 @@ def work(run, sizes, args, data, gpu):
     out.mkdir(parents=True)
     with redirect_stdout(open(out / "log.txt", "w", buffering=1)):
         trained = train_run(run, out, args, data) if run["updates"] else {}
-        path = out / "idlm.pt" if trained else teacher_of(run)
+        teacher, judge, *_ = needs_of(run)
+        path = out / "idlm.pt" if trained else teacher
         net, meta = checkpoint.load_network(path, device, run["process"])
-        judge = evaluate.find_judge(str(judge_of(run)), data, device, out, meta)
+        judge = evaluate.find_judge(str(judge), data, device, out, meta)
         model, steps, endings = "idlm" if trained else "teacher", STEPS, ["ancestral"]
         if run["process"] == "duo":
             steps, endings = DUO_STEPS, ["ancestral", "greedy"]
@@ -305,7 +294,7 @@ def runs_of(sizes, args):
     for key, _, value in (pair.partition("=") for pair in args.set):
         if key not in BASE:
             raise BadInput(f"--set {key}: no such setting, choose from {' '.join(BASE)}")
-        base[key] = value if value == "annealed" else type(BASE[key])(value)
+        base[key] = type(BASE[key])(value)
     for length in args.length:
         for change in (change for task in args.tasks for change in TASKS[task]):
             run = {"seed": 1} | base | {"data": args.name, "length": length} | change
@@ -319,7 +308,7 @@ def prepare(runs, sizes, args):
     """Start to train the teachers and judges that are missing. -> their paths and processes"""
     wanted, started = {}, {}
     for run in runs:
-        wanted |= {teacher_of(run): ("teacher", run), judge_of(run): ("judge", run)}
+        wanted |= zip(needs_of(run), (("teacher", run), ("judge", run)))
     for path, (stage, run) in wanted.items():
         found = checkpoint.load(path) if path.exists() else {"step": -1, "updates": 0}
         if found["step"] < found["updates"]:               # missing, or killed halfway
@@ -334,20 +323,21 @@ def prepare(runs, sizes, args):
             env = os.environ | {"CUDA_VISIBLE_DEVICES": str(args.gpu[len(started) % len(args.gpu)])}
             with open(f"{path}.log", "w") as log:
                 started[path] = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+                atexit.register(started[path].terminate)
     return started
 
 
 def remember(args, data):
     """The known words, and the hashes of all n-grams, of the training text; found once (20 s)."""
-    path = Path("out/onepass", f"{args.name}_{len(data.train)}.npz")
-    if not path.exists():
-        known = ""
-        if args.tokenizer == "char":     # every word once: a text whose words are soon found
-            known = " " + " ".join(sorted(set(evaluate.whole_words(data.train_text())))) + " "
-        codes = np.sort(grams(np.asarray(data.train), COPY[args.tokenizer]))
-        checkpoint.write_whole(path, lambda file: np.savez(file, known=known, grams=codes))
-    with np.load(path) as found:
-        args.known, args.grams = str(found["known"]), found["grams"]
+    path, known = Path("out/onepass", f"{args.name}_{len(data.train)}.npz"), ""
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            if args.tokenizer == "char":           # every word once: a text whose words are few
+                known = f" {' '.join(sorted(set(evaluate.whole_words(data.train_text()))))} "
+            codes = np.sort(grams(np.asarray(data.train), COPY[args.tokenizer]))
+            checkpoint.write_whole(path, lambda file: np.savez(file, known=known, grams=codes))
+        with np.load(path) as found:
+            args.known, args.grams = str(found["known"]), found["grams"]
 
 
 def go(args):
@@ -363,9 +353,10 @@ def go(args):
     slots, longest = dict.fromkeys(range(args.jobs * len(args.gpu))), 0
     while runs or any(slots.values()):
         for path in [path for path, process in training.items() if process.poll() is not None]:
-            if training.pop(path).returncode:
-                raise BadInput(f"training {path} failed: see {path}.log")
-            print(f"{time.time() - began:.0f} s: {path} trained", flush=True)
+            failed = training.pop(path).returncode
+            print(f"{time.time() - began:.0f} s: {path} {'FAILED' if failed else 'trained'}",
+                  flush=True)
+            runs = [run for run in runs if not failed or path not in needs_of(run)]
         for slot, busy in slots.items():
             if busy and not busy[0].is_alive():
                 process, run, since = busy
@@ -373,8 +364,8 @@ def go(args):
                 longest = max(longest, took)
                 print(f"{time.time() - began:.0f} s: {name_of(run)}, {took:.0f} s, "
                       f"{'done' if process.exitcode == 0 else 'FAILED'}", flush=True)
-            ready = [run for run in runs if not {teacher_of(run), judge_of(run)} & training.keys()
-                     and (not start_of(run) or start_of(run).exists())]
+            ready = [run for run in runs if all(path.exists() and path not in training
+                                                for path in needs_of(run))]
             late = time.time() - began + longest > args.seconds      # it would be cut off
             if slots[slot] is None and ready and not late:
                 runs.remove(run := ready[0])
@@ -399,8 +390,7 @@ def merge(args):
             r = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()
                  if not k.endswith("_ci") or k == "gen_ppl_matched_ci"}
             if r["real"]:
-                if r["seed"] == 1:
-                    real.setdefault((r["data"], r["block_size"]), r | {"variant": "held-out text"})
+                real.setdefault((r["data"], r["block_size"]), r | {"variant": "held-out text"})
                 continue
             picked = r["variant"] in ("teacher", *args.pick) and r["drawn"] == "fresh z"
             if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
