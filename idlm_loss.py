@@ -38,7 +38,6 @@ CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,335 rows of 50,257 word
 COMPILED_CHUNKS = 8       # times as many where compiled: in half precision, and nothing beside them
 KEEP_ELEMENTS = 2 ** 22   # logits as few as this wait for the backward instead of being recomputed
 KEEP_COMPILED = 2 ** 31   # the same compiled, which keeps them once, in half precision: 4 GiB
-TUNE = {"max_autotune_pointwise": True}   # torch.compile: time some ways to run a fused kernel
 
 
 # ---- tools: rows in chunks, draws ---------------------------------------------------------------
@@ -56,7 +55,7 @@ def on_logits(formula, K, nets, *rows):
 
 @lru_cache(maxsize=None)
 def compiled(function):
-    return torch.compile(function, dynamic=False, options=TUNE)
+    return torch.compile(function, dynamic=False)
 
 
 def to_device(x, device):

@@ -24,9 +24,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-TUNE = {"max_autotune_pointwise": True}   # torch.compile: time some ways to run a fused kernel
-
-
 @dataclass
 class ModelConfig:
     """All that is needed to rebuild a network; saved as a dict inside every checkpoint."""
@@ -64,15 +61,15 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim))
 
-    def forward(self, num_positions, start=0):       # -> (L, 1, d / 2) and (L, 2, d / 2): -+ sin
+    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, d / 2)
         position = torch.arange(num_positions, device=self.inv_freq.device) + start
-        angle = position[:, None, None] * self.inv_freq
-        return angle.cos(), torch.cat([-angle.sin(), angle.sin()], dim=1)
+        angle = position[:, None] * self.inv_freq
+        return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):                                             # (B, H, L, d) -> (B, H, L, d)
-    halves = x.unflatten(-1, (2, -1))                # x1, x2 -> x1 cos - x2 sin, x2 cos + x1 sin
-    return (halves * cos + halves.flip(-2) * sin).flatten(-2).to(x.dtype)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -208,7 +205,7 @@ class DiT(nn.Module):
         # The angles come from outside: compiled, every kernel would compute its cosines anew.
         return self.trunk(h, sigma, *self.rotary_emb(h.shape[1]))
 
-    def trunk(self, h, sigma, cos, sin):           # (B, L, D), (B,), Rotary's -> (B, L, D)
+    def trunk(self, h, sigma, cos, sin):           # (B, L, D), (B,), (L, d / 2) x2 -> (B, L, D)
         cond = F.silu(self.sigma_map(sigma))
         for block in self.blocks:
             h = block(h, cond, cos, sin)
@@ -232,8 +229,7 @@ class DiT(nn.Module):
         the next torch.compiler.cudagraph_mark_step_begin(). Elsewhere block by block, where one
         compilation of seconds serves all."""
         if self.device.type == "cuda":
-            self.trunk = torch.compile(self.trunk, dynamic=False,
-                                       options={"triton.cudagraphs": True} | TUNE)
+            self.trunk = torch.compile(self.trunk, dynamic=False, mode="reduce-overhead")
         else:
             for module in (*self.blocks, self.output_layer):
                 module.compile()

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # English novels with GPT-2's words, 53M parameters: every figure of results/novels.json.
 #
-#   bash results/novels.sh train     teachers, judge, DCD, generators, then the knobs until LIMIT
-#   bash results/novels.sh eval      all of it evaluated, the knobs that are left, novels.json
+#   bash results/novels.sh     teachers and judge, then whatever can be evaluated or trained next
 #
-# Either stops at LIMIT seconds, and goes on where it stopped when started again. Two GPUs of the
-# H100's class need nine minutes for each; for one, set LIMIT=3600. TINY=1 tries everything on a CPU.
+# Stops at LIMIT seconds, writes results/novels.json from what is done, and goes on where it stopped
+# when started again: about 20 minutes on two H200s without the knobs. TINY=1 tries everything on a CPU.
 #   NOVELS   the texts, a glob of .txt[.gz|.xz]; a document each, the last 4 % (3 of 90) held out
 #   OUT_DIR  runs, one folder each; its log/NAME.txt is what NAME printed
-#   UPDATES  of a masked generator in its base setting; the others are below
+#   UPDATES  of a masked generator in its base setting; UNIFORM, RATE: updates and learning rate of a
+#            uniform one; the others are below
 #   HOLD     a file: until it is there, something else is using GPU 0
 set -uf -o pipefail                    # no globbing: $NOVELS goes to Python as it is
 cd "$(dirname "$0")/.."
-phase=${1:?train or eval}
-NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-540}
-UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-1200} MASKED=${MASKED:-9000} DUO=${DUO:-5000} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000}
+NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-3600}
+UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-1200} RATE=${RATE:-1e-4}
+MASKED=${MASKED:-7000} DUO=${DUO:-4500} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000}
 NET="--tokenizer gpt2 --block_size 256 --size 8x6x384 --preset gpu"
 TEXTS=512 KNOB_TEXTS=256 SEEDS="1 2 3" KNOB_SEEDS="1 2"
 BATCH=64 MORE=3000 FEWER=250 FASTER=1
@@ -25,7 +25,7 @@ if [ "${TINY:-}" ]; then
     SEEDS="1 2" KNOB_SEEDS=1 FASTER=9
 fi
 GPUS=$((GPUS > 0 ? GPUS : 1))
-state=$OUT_DIR/state records=results/novels list=$OUT_DIR/jobs.$phase
+state=$OUT_DIR/state records=results/novels list=$OUT_DIR/jobs
 mkdir -p "$OUT_DIR/log" "$state" $records
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/$OUT_DIR/inductor}
 export TORCHINDUCTOR_COMPILE_THREADS=6 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
@@ -53,7 +53,7 @@ evaluate() {
 }
 
 work() {                               # a worker on GPU $1
-    local gpu=$1 name needs where seconds command again
+    local gpu=$1 name needs where seconds command again need ready
     export CUDA_VISIBLE_DEVICES=$gpu
     [ "$gpu" = 0 ] && [ "${HOLD:-}" ] && until [ -e "$HOLD" ]; do sleep 1; done
     while again=; do
@@ -61,10 +61,13 @@ work() {                               # a worker on GPU $1
             [ -e "$state/$name.claim" ] && continue
             [ "$where" = - ] || [ $((where % GPUS)) = "$gpu" ] || continue
             [ $((SECONDS + seconds / FASTER)) -le "$LIMIT" ] || continue
-            if [ "$needs" != - ] && [ ! -e "$state/$needs.done" ]; then
-                [ -e "$state/$needs.claim" ] && [ ! -e "$state/$needs.failed" ] && again=wait
-                continue
-            fi
+            ready=yes                  # an evaluation needs the judge too
+            for need in $needs $([[ $name = eval.* ]] && echo judge); do
+                [ $need = - ] || [ -e "$state/$need.done" ] && continue
+                ready=
+                [ -e "$state/$need.claim" ] && [ ! -e "$state/$need.failed" ] && again=wait
+            done
+            [ "$ready" ] || continue
             mkdir "$state/$name.claim" 2>/dev/null || continue       # one worker can make it
             local began=$SECONDS outcome=done
             rm -rf "${OUT_DIR:?}/$name" "$records/${name#eval.}.json"
@@ -102,7 +105,7 @@ IDLM="--stage idlm --batch_size $BATCH"
 
 uniform() {                            # start update seed seconds
     local from; from=$([ "$1" = dcd ] && echo $dcd || echo $duo)
-    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --updates $UNIFORM --lr 1e-4 \
+    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --updates $UNIFORM --lr $RATE \
         --uniform_update $2 --seed $3 --init_from $from
 }
 
@@ -123,9 +126,9 @@ generators() {
 
 knob() {                               # NAME VALUE seed seconds flags: one step off the base setting
     local run=mdlm__knob__$1__$2__$3
+    knob_records $run $run             # first in the list: evaluated as soon as it is there
     train $run mdlm__teacher - $4 --process mdlm $IDLM --updates $UPDATES --seed $3 --init_from $teacher \
         "${@:5}"
-    [ "$phase" = eval ] && knob_records $run $run
 }
 
 knob_records() {                       # NAME RUN
@@ -136,7 +139,7 @@ knob_records() {                       # NAME RUN
 knobs() {                              # the most informative first; the second seed afterwards
     local seed
     for seed in $KNOB_SEEDS; do
-        [ "$phase" = eval ] && knob_records mdlm__knob__base__base__$seed mdlm__idlm__teacher__$seed
+        knob_records mdlm__knob__base__base__$seed mdlm__idlm__teacher__$seed
         knob updates $MORE $seed 180 --updates $MORE
         knob pairing independent $seed 50 --pairing independent
         knob lr 1e-4 $seed 50 --lr 1e-4
@@ -181,13 +184,8 @@ evaluations() {                        # the longest first
 }
 
 : > "$list"
-case $phase in
-train) teachers; generators; knobs; run_jobs ;;
-eval)
-    LIMIT=$((LIMIT - 40))              # for the texts and the merging
-    teachers; generators; evaluations; knobs; run_jobs
-    CUDA_VISIBLE_DEVICES=0 timeout 25 python results/novels.py text "$OUT_DIR"
-    python results/novels.py merge "$OUT_DIR" "$NOVELS" ;;
-*) echo "$0: $phase is neither train nor eval" >&2; exit 2 ;;
-esac
+LIMIT=$((LIMIT - 40))                  # for the texts and the merging
+teachers; evaluations; generators; knobs; run_jobs
+CUDA_VISIBLE_DEVICES=0 timeout 25 python results/novels.py text "$OUT_DIR"
+python results/novels.py merge "$OUT_DIR" "$NOVELS"
 ls "$state" | grep failed | sed "s|^|failed, see $OUT_DIR/log: |" || true
