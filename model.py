@@ -117,7 +117,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.adaLN_modulation.weight)     # both gates 0: a new block is the identity
         nn.init.zeros_(self.adaLN_modulation.bias)
 
-    def forward(self, x, cond, cos, sin, cache=None):
+    def forward(self, x, cond, cos, sin, keep=None, cache=None):
         B, L, D = x.shape
         modulation = self.adaLN_modulation(cond)[:, None].chunk(6, dim=-1)       # (B, 1, D) each
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
@@ -130,9 +130,12 @@ class Block(nn.Module):
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out = self.attn_out(out.transpose(1, 2).reshape(B, L, D))
-        x = x + gate1 * F.dropout(out, self.dropout, self.training)
+        x = x + gate1 * self.drop(out, keep, 0)
         out = self.mlp(modulate(self.norm2(x), shift2, scale2))
-        return x + gate2 * F.dropout(out, self.dropout, self.training)
+        return x + gate2 * self.drop(out, keep, 1)
+
+    def drop(self, x, keep, which):                      # (B, L, D), (2, B, L, D) bool or None
+        return x if keep is None else x * keep[which] / (1 - self.dropout)
 
 
 class TokenEmbedding(nn.Module):
@@ -202,13 +205,21 @@ class DiT(nn.Module):
         if z is not None:
             h = h + self.latent_proj(to_device(z, self.device).to(h.dtype))
         sigma = to_device(sigma, self.device).to(h.dtype)
-        # The angles come from outside: compiled, every kernel would compute its cosines anew.
-        return self.trunk(h, sigma, *self.rotary_emb(h.shape[1]))
+        return self.trunk(h, sigma, *self.drawn(h))
 
-    def trunk(self, h, sigma, cos, sin):           # (B, L, D), (B,), (L, d / 2) x2 -> (B, L, D)
+    def drawn(self, h):
+        """The trunk's other inputs, which a compiled kernel would compute anew wherever it needs
+        them: the angles, and what dropout keeps."""
+        keep, p = None, self.config.dropout
+        if self.training and p:
+            keep = torch.empty(len(self.blocks), 2, *h.shape, dtype=torch.bool, device=h.device)
+            keep.bernoulli_(1 - p)
+        return *self.rotary_emb(h.shape[1]), keep
+
+    def trunk(self, h, sigma, cos, sin, keep):     # (B, L, D), (B,), `drawn` -> (B, L, D)
         cond = F.silu(self.sigma_map(sigma))
-        for block in self.blocks:
-            h = block(h, cond, cos, sin)
+        for i, block in enumerate(self.blocks):
+            h = block(h, cond, cos, sin, None if keep is None else keep[i])
         return self.output_layer(h, cond)
 
     def project(self, h):                                            # (..., D) -> (..., V) logits

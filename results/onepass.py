@@ -130,12 +130,12 @@ class Network(DiT):
             h = h + self.latent_proj(own)
         extra = (self.to_cond(text),) if self.where.endswith("adaLN") else ()
         sigma = to_device(sigma, self.device).to(h.dtype)
-        return self.trunk(h, sigma, *self.rotary_emb(h.shape[1]), *extra)
+        return self.trunk(h, sigma, *self.drawn(h), *extra)
 
-    def trunk(self, h, sigma, cos, sin, extra=0):          # DiT's, with `extra`
+    def trunk(self, h, sigma, cos, sin, keep, extra=0):    # DiT's, with `extra`
         cond = F.silu(self.sigma_map(sigma) + extra)
-        for block in self.blocks:
-            h = block(h, cond, cos, sin)
+        for i, block in enumerate(self.blocks):
+            h = block(h, cond, cos, sin, None if keep is None else keep[i])
         return self.output_layer(h, cond)
 
 

@@ -54,10 +54,11 @@ def synthetic(seed=0, **sizes):
     return weights
 
 
-def published(weights, x, sigma, heads):
+def published(weights, x, sigma, heads, keep=None, dropout=0.0):
     """The network in plain torch and float64, from its description alone: one text at a time.
 
-    x: (L,) tokens or (L, V) simplex rows; sigma: a float.
+    x: (L,) tokens or (L, V) simplex rows; sigma: a float; keep: (layers, 2, L, D) what dropout
+    leaves of what attention and MLP add.
     """
     w = {key.removeprefix("backbone."): value.double() for key, value in weights.items()}
 
@@ -84,6 +85,7 @@ def published(weights, x, sigma, heads):
     E = w["vocab_embed.embedding"]
     h = x.double() @ E if x.is_floating_point() else E[x]
     L, D = h.shape
+    kept = torch.ones(99, 2, L, D) if keep is None else keep / (1 - dropout)
     for i in range(sum(key.endswith("norm1.weight") for key in w)):
         block = f"blocks.{i}."
         shift, scale, gate, shift2, scale2, gate2 = linear(c, block + "adaLN_modulation").split(D)
@@ -93,10 +95,10 @@ def published(weights, x, sigma, heads):
         for rows in torch.arange(D).split(D // heads):
             scores = turn(q[:, rows]) @ turn(k[:, rows]).T / math.sqrt(D // heads)
             out.append(torch.softmax(scores, 1) @ v[:, rows])
-        h = h + gate * linear(torch.cat(out, 1), block + "attn_out")
+        h = h + gate * linear(torch.cat(out, 1), block + "attn_out") * kept[i, 0]
         u = linear(norm(h, w[block + "norm2.weight"]) * (1 + scale2) + shift2, block + "mlp.0")
         u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u ** 3)))
-        h = h + gate2 * linear(u, block + "mlp.2")
+        h = h + gate2 * linear(u, block + "mlp.2") * kept[i, 1]
     shift, scale = linear(c, "output_layer.adaLN_modulation").split(D)
     return linear(norm(h, w["output_layer.norm_final.weight"]) * (1 + scale) + shift,
                   "output_layer.linear")
@@ -268,6 +270,26 @@ def test_a_published_checkpoint_computes_what_its_description_says(tmp_path, rng
     other = torch.stack([published(weights, row, 0.5, HEADS) for row in x])
     with torch.no_grad():
         assert (net(x, sigma) - other).abs().max() > 1e-2             # the noise level matters
+
+
+@torch.no_grad()
+def test_dropout(tmp_path, rng, monkeypatch):
+    """While training what attention and MLP add is dropped entry by entry, at another place each
+    time, and the rest scaled up; afterwards nothing is."""
+    weights = synthetic()
+    net, _ = load_network(write(tmp_path / "mdlm", weights, **CHAR))
+    x, sigma, seen, drawn = torch.randint(V, (2, 9), generator=rng), torch.zeros(2), [], net.drawn
+    monkeypatch.setattr(net, "drawn", lambda h: seen.append(drawn(h)) or seen[-1])
+    found = [net.train()(x, sigma), net(x, sigma), net.eval()(x, sigma)]
+    keeps = [inputs[-1] for inputs in seen]
+    assert keeps[2] is None and keeps[0].shape == (LAYERS, 2, 2, 9, D)
+    for logits, keep in zip(found, keeps):
+        want = torch.stack([published(weights, row, 0.0, HEADS, None if keep is None else
+                                      keep[:, :, b], 0.1) for b, row in enumerate(x)])
+        assert (logits - want).abs().max() < 1e-5
+    n = keeps[0].numel()
+    for keep, share in [(keeps[0], 0.9), (keeps[1], 0.9), (keeps[0] == keeps[1], 0.82)]:
+        assert abs(keep.double().mean() - share) < 5 * (share * (1 - share) / n) ** 0.5
 
 
 def test_every_source_of_the_same_tensors(tmp_path, monkeypatch, capsys):
