@@ -4,7 +4,8 @@
 #   bash results/novels.sh     teachers and judge, then whatever can be evaluated or trained next
 #
 # Stops at LIMIT seconds, writes results/novels.json from what is done, and goes on where it stopped
-# when started again: about 20 minutes on two H200s without the knobs. TINY=1 tries everything on a CPU.
+# when started again: some 20 minutes on two H200s, and as much for the knobs, neither yet in one go.
+# TINY=1 tries everything on a CPU.
 #   NOVELS   the texts, a glob of .txt[.gz|.xz]; a document each, the last 4 % (3 of 90) held out
 #   OUT_DIR  runs, one folder each; its log/NAME.txt is what NAME printed
 #   UPDATES  of a masked generator in its base setting; UNIFORM, RATE: updates and learning rate of a
