@@ -29,16 +29,18 @@ class Latent(NamedTuple):
     """eps, the inputs of the generator's network in its order: net.hidden(*eps)."""
     x: torch.Tensor                         # x_tilde: (B, L) tokens, or a soft input (model.py)
     sigma: torch.Tensor                     # (B,)
-    z: torch.Tensor = None                  # (B, L, latent_dim), 0 at visible positions
+    z: torch.Tensor = None                  # (B, L, latent_dim), 0 in texts with a visible word
 
 
 def gaussian_latent(net, x, mask_id, rng):
-    """z ~ N(0, 1) at the masked positions of x (B, L), or None for a network without a latent."""
+    """z ~ N(0, 1) for the texts of x (B, L) that are all [MASK], or None for a network without a
+    latent. Visible words tell texts apart already; z beside them was worse at any number of passes
+    (results/laptop_latent.json)."""
     if not net.config.latent_dim:
         return None
     rng = device_rng(rng, net.device)
     z = torch.randn(*x.shape, net.config.latent_dim, generator=rng, device=net.device)
-    return z * to_device(x == mask_id, net.device)[..., None]
+    return z * to_device((x == mask_id).all(1), net.device)[:, None, None]
 
 
 def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
@@ -101,7 +103,7 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
 
 @torch.no_grad()
 def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_p=1.0, prompt=None,
-           ending="ancestral", fixed_z=False, callback=None):
+           ending="ancestral", callback=None):
     """Write num_texts texts of `length` tokens in at most `steps` network passes.
 
     net       a DiT: the teacher, or the generator in its place
@@ -109,7 +111,6 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
     ending    uniform process: 'ancestral', 'greedy' (last step: the likeliest word given also the
               token it stands on), 'greedy-published' (the likeliest word under the network alone)
-    fixed_z   one Gaussian latent for all steps instead of a fresh one at each
     callback  called with (step, x_t (B, L)) after every step, for showing
     """
     if steps < 1:
@@ -124,17 +125,16 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     was_training = net.training
     how = to_device(torch.tensor(temperature), net.device), top_p   # a tensor: compiled only once
     x, nfe = walk(net.eval(), process, x, free, steps, rng, how,
-                  ending=ending, fixed_z=fixed_z, callback=callback)
+                  ending=ending, callback=callback)
     net.train(was_training)
     return Sample(x.cpu(), nfe)
 
 
-def sample_masked(net, process, x, is_masked, steps, rng, how, *, fixed_z, callback, **_):
+def sample_masked(net, process, x, is_masked, steps, rng, how, *, callback, **_):
     """Reverse steps of the masked process. Which positions a step reveals is drawn first, on the
     CPU: texts that reveal nothing take no pass, and the head runs at revealed positions alone."""
     nfe = torch.zeros(len(x), dtype=torch.int64)
     blank = bool(is_masked.all())                          # equal texts: one pass serves them all
-    z_fixed = gaussian_latent(net, x, process.mask_id, rng) if fixed_z else None
     device, x = net.device, to_device(x, net.device)
     for i in range(steps):
         reveal = process.reveal(is_masked, 1 - i / steps, 1 - (i + 1) / steps, rng)
@@ -142,9 +142,8 @@ def sample_masked(net, process, x, is_masked, steps, rng, how, *, fixed_z, callb
             chosen, here = texts_and_rows(reveal, device)
             x_in = x[chosen]
             sigma = torch.zeros(len(x_in), device=device)
-            if net.config.latent_dim:
-                z = gaussian_latent(net, x_in, process.mask_id, rng) if z_fixed is None else \
-                    z_fixed[chosen] * (x_in == process.mask_id)[..., None]
+            z = gaussian_latent(net, x_in, process.mask_id, rng)
+            if z is not None:
                 h = net.hidden(x_in, sigma, z)
             elif blank:
                 h = net.hidden(x_in[:1], sigma[:1]).expand(len(x_in), -1, -1)

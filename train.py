@@ -39,7 +39,7 @@ import idlm_loss
 from data import BadInput, TextData
 from generator import draw_latent, sample
 from model import DiT, ModelConfig
-from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
+from teacher import EPS, dcd_loss, duo_loss, mdlm_loss, stratified_times
 
 # A flag goes before the preset's entry for process and stage, that before the stage's, and that
 # before the general one.
@@ -72,7 +72,8 @@ PRESETS = {
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
-FULL_NOISE = 0.5                     # --latent gaussian: share of texts at t_tilde = 1
+FULL_NOISE = 0.25                    # --latent gaussian: share of texts at t_tilde = 1; and with
+FULL_NOISE_T_MIN = 0.01              # their larger gap the weight 1 / t would let a few t rule
 CLIP = 1.0                           # gradient norm
 
 
@@ -341,7 +342,8 @@ def run_stage(args, stage, data):
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
         x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
-        t, t_tilde = (stratified_times(s.batch_size, rng) for _ in range(2))
+        t_min = FULL_NOISE_T_MIN if s.latent == "gaussian" else EPS
+        t, t_tilde = (stratified_times(s.batch_size, rng, t_min) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
         if s.latent == "gaussian":

@@ -2,7 +2,7 @@
 """One pass: what lets the masked generator write a text in one pass, and how good is that text?
 
     python results/onepass.py first axes --jobs 5 --seconds 500     tasks, runs in order
-    python results/onepass.py best --set scale=4 t_min=0.01 updates=3600 --length 64 256
+    python results/onepass.py best --set scale=4 updates=3600 --length 64 256
     python results/onepass.py best --tokenizer gpt2 --length 256 --compile
     python results/onepass.py merge table          a row a variant, the best one-pass text first
     python results/onepass.py merge plot --pick "gaussian" "latent-free"     -> assets/onepass.png
@@ -35,7 +35,6 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):     # many processes, few cores
@@ -57,24 +56,24 @@ from data import BadInput, TextData
 from model import DiT, to_device
 from teacher import EPS, stratified_times
 
-BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.5,
-            told="sigma", start="teacher", uniform_update="hard", lr=1e-4, fake_lr=2e-4,
-            fake_updates=1, t_min=EPS, dropout=0.1, clip=1.0, dtype="bfloat16",
-            pairing="independent", batch=128, updates=1200)
-FREE = {"latent": "state"}
+BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
+            beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4, fake_lr=2e-4,
+            fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
+            pairing="matched", batch=128, updates=1200)
+FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
-    "first": [TEACHER, {}, FREE, {"pairing": "matched"}, FREE | {"pairing": "matched"},
-              {"t_min": 0.01}, {"scale": 3.0}, {"dropout": 0.0}, {"where": "embedding+adaLN"},
-              {"share": 1.0}, {"fake_updates": 2}, {"told": "none"}, {"where": "adaLN"},
-              {"where": "tokens"}, {"scale": 8.0}, {"lr": 2e-4, "fake_lr": 4e-4}],
-    "axes": [{"t_min": 0.01, "dropout": 0.0, "scale": 3.0}, {"scale": 0.35}, {"lr": 5e-5},
-             {"lr": 3e-4, "fake_lr": 6e-4}, {"fake_lr": 4e-4}, {"fake_updates": 4},
-             {"share": 0.25}, {"start": "latent-free"}, {"dim": 16}, {"dim": 256},
-             {"where": "text"}, {"told": "t"}, {"clip": 100.0}, {"share": 1.0, "told": "none"},
-             {"dtype": "float32"}, {"updates": 3600}, {"seed": 2}, FREE | {"seed": 2},
-             {"pairing": "matched", "seed": 2}, {"t_min": 0.01, "seed": 2},
-             {"scale": 3.0, "seed": 2}, {"dropout": 0.0, "seed": 2}],
+    "first": [TEACHER, {}, FREE, {"beside": "fresh"}, {"fake_updates": 2}, {"t_min": EPS},
+              {"pairing": "independent"}, {"share": 0.5}, {"dropout": 0.0}, {"scale": 3.0},
+              {"where": "embedding+adaLN"}, {"told": "none"}, {"share": 0.1}, {"share": 1.0},
+              {"where": "tokens"}, {"lr": 2e-4, "fake_lr": 4e-4}],
+    "axes": [{"beside": "fixed"}, {"scale": 0.35}, {"lr": 5e-5}, {"where": "adaLN"},
+             {"lr": 3e-4, "fake_lr": 6e-4}, {"fake_lr": 4e-4}, {"fake_updates": 4}, {"scale": 8.0},
+             {"start": "latent-free"}, {"dim": 16}, {"dim": 256}, {"where": "text"}, {"told": "t"},
+             {"clip": 100.0}, {"share": 1.0, "told": "none"}, {"dtype": "float32"},
+             {"updates": 3600}, {"seed": 2}, FREE | {"seed": 2}, FREE | {"pairing": "independent"},
+             {"beside": "fresh", "seed": 2}, {"fake_updates": 2, "seed": 2},
+             {"t_min": EPS, "seed": 2}, {"dropout": 0.0, "seed": 2}],
     "uniform": [DUO | {"updates": 0}, DUO, DUO | {"uniform_update": "marginal"}],
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
@@ -96,6 +95,9 @@ class Network(DiT):
     embedding  own, projected, added to the embedding: the program's        text  the text's, so
     adaLN      the text's, projected, added to the noise level's embedding  +     both
     tokens     own, as a random word at every second [MASK], its embedding added to that of [MASK]
+
+    In texts that are all [MASK]; with beside=fresh at every [MASK], with fixed the same z at every
+    pass over a text.
     """
     where, start, z_scale = "embedding", None, 1.0
 
@@ -142,14 +144,21 @@ class Network(DiT):
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
     train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
-    train.stratified_times = partial(stratified_times, t_min=run["t_min"])
+    train.stratified_times = lambda B, rng, _: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
-    own = generator.gaussian_latent
+    own, first = generator.gaussian_latent, None
 
     def own_and_texts(net, x, mask_id, rng):
+        nonlocal first
         z = own(net, x, mask_id, rng)
+        if z is not None and run["beside"] != "none":      # at every [MASK], beside words too
+            z = own(net, torch.full_like(x, mask_id), mask_id, rng)
+            first = z if (x == mask_id).all() or first is None else first
+            if run["beside"] == "fixed" and not net.training and len(first) == len(z):
+                z = first                                  # of the pass that began these texts
+            z = z * to_device(x == mask_id, z.device)[..., None]
         if z is None or run["where"] in ("embedding", "tokens"):
             return z
         texts = torch.randn(len(z), 1, z.shape[2], device=z.device,
@@ -173,7 +182,8 @@ def variant_of(run):
     if not run["updates"]:
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
-    skip += ["where", "dim", "scale", "share", "told", "start"] * (run["latent"] == "state")
+    skip += ["where", "dim", "scale", "share", "beside", "told", "start",
+             "t_min"] * (run["latent"] == "state")
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
 
@@ -255,14 +265,13 @@ def work(run, sizes, args, data, gpu):
         data.train_text = lambda: args.known
         sampler, found, texts = generator.sample, [], [data.val_blocks(2 * sizes["texts"])[::2]]
         real, n = overlap(texts[0].numpy()), COPY[args.tokenizer]
-        ways = [("fresh z", {}, 1.0, steps)] + [
-            ("fixed z", {"fixed_z": True}, 1.0, (4, 16)), ("1.25 z", {}, 1.25, (1, 4)),
-            ("1.5 z", {}, 1.5, (1,))] * bool(run.get("more") and run["latent"] == "gaussian")
-        for drawn, how, Network.z_scale, steps in ways:
+        ways = [("fresh z", 1.0, steps)] + [
+            ("1.25 z", 1.25, (1, 4)), ("1.5 z", 1.5, (1,))] * bool(run.get("more") and run["latent"] == "gaussian")
+        for drawn, Network.z_scale, steps in ways:
             del texts[1:]
 
             def stash(*args, **kwargs):
-                made = sampler(*args, **kwargs, **how)
+                made = sampler(*args, **kwargs)
                 texts.append(made.tokens)
                 return made
 

@@ -324,22 +324,23 @@ def test_micro_batches_are_parts_of_one_batch(flags, finished, monkeypatch):
 
 def test_times(finished, monkeypatch):
     """t is stratified; matched: t_tilde comes from the slice of t; independent: from any. Gaussian
-    latent: half of the texts start at t_tilde = 1.
+    latent: a quarter of the texts starts at t_tilde = 1.
 
-    Of 256 texts 128 +- 40 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
+    Of 256 texts 64 +- 35 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
     of 64 within one slice of their place: 16 or more have odds 2e-10."""
     times = {}
     for how in ("", "--pairing independent", "--latent gaussian --pairing independent"):
         shutil.copytree(finished, "out")
         times[how] = [(t, t_tilde) for _, _, t, t_tilde, *_ in recorded_batches(
             monkeypatch, f"--stage idlm --updates 4 --batch_size 64 --micro_batch 64 {how}")]
+        first = 0.01 if "gaussian" in how else EPS
         for t, _ in times[how]:
-            assert torch.equal(((t - EPS) / (1 - EPS) * 64 + 1e-5).floor(), torch.arange(64.))
+            assert torch.equal(((t - first) / (1 - first) * 64 + 1e-5).floor(), torch.arange(64.))
     matched, apart, gaussian = times.values()
     assert all((t - t_tilde).abs().max() < 1 / 64 for t, t_tilde in matched)
     assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in apart) < 16
     full = sum((t_tilde == 1).sum() for (_, t_tilde) in gaussian[::2])
-    assert 88 < full < 168 and not any((t_tilde == 1).any() for _, t_tilde in apart)
+    assert 29 < full < 99 and not any((t_tilde == 1).any() for _, t_tilde in apart)
     assert train.parse_args(["--process", "duo"]).pairing == "independent"
 
 
