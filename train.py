@@ -106,8 +106,8 @@ def parse_args(argv=None):
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
              "default: matched if masked (better at equal entropy), else independent")
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
-        help="masked: eps is the noised text, or with an added z (for 1 to 4 passes) of DIM\n"
-             "numbers a position, at SCALE times the embeddings' size; default gaussian:64:1")
+        help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
+             "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
     add("--uniform_update", choices=("hard", "marginal", "soft"), default="hard")
     # the machine
     add("--device", help="cuda, mps or cpu; default: the first that is there")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# English novels with GPT-2's words, 53M parameters: every figure of results/novels.json.
+# English novels with GPT-2's words, 55M parameters: every figure of results/novels.json.
 #
 #   bash results/novels.sh     teachers and judge, then whatever can be evaluated or trained next
 #
