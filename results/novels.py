@@ -181,7 +181,7 @@ def plot():
         return tuple(r.get(k) for k in ("process", "model", "start", "update"))
 
     records = evaluate.load_records(ROOT / "results/novels.json")
-    diverged = {kind(r) for r in records if r.get("temperature") == 1
+    diverged = {kind(r) for r in records if r.get("temperature") == 1 and "knob" not in r
                 and r["gen_ppl"] > 5000 and r["steps"] >= 4}
     with tempfile.TemporaryDirectory() as folder:
         evaluate.plot([r | {"judge": "of the same size"} for r in records
