@@ -31,7 +31,8 @@ KEEP = {"sampler", "steps", "passes", "temperature", "n_texts", "seconds", "proc
     for ci in ("", "_ci")} | evaluate.PROVENANCE
 # The rows of README's table at most; the others carry "extra" and stand in novels.json alone
 SHOWN = {("mdlm", "teacher"): (4, 16, 64, 256, 1024), ("mdlm", "idlm"): (4, 8, 16, 32),
-         ("duo", "teacher"): (4, 16, 64, 256, 1024), ("duo", "dcd"): (4, 16, 64), ("duo", "idlm"): (2, 4, 8, 16)}
+         ("duo", "teacher"): (4, 16, 64, 256, 1024), ("duo", "dcd"): (4, 16, 64),
+         ("duo", "idlm"): (2, 4, 8, 16)}
 
 
 def load(runs, run):                                       # -> net, meta
