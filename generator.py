@@ -10,7 +10,7 @@ teacher has to unlearn is to answer with marginals: under the IDLM loss its rows
 
 One pass of the masked process starts from an all-[MASK] text, which holds no randomness: there the
 mixture has a single component, and z is what repairs it (z of N(0, 1) per position, through a
-random projection at the scale of the embeddings, added in texts that are all [MASK]).
+random projection at the scale of the embeddings, added where a text is all [MASK]).
 
 Sampling counts t down from 1 to 0; N steps are at most N network passes.
 To reuse: copy this file, teacher.py and idlm_loss.py.

@@ -124,9 +124,9 @@ def draw_tokens(net, h, K, rng):
     return per_row(sample_categorical, K, (net,), h, uniforms(len(h), rng, h.device))
 
 
-def entry(rows, index):                                    # (N, K), (N,) -> (N, 1): rows[i, index[i]]
-    """By a comparison where compiled: it joins the kernel around it, also backwards, where `gather`
-    writes a (N, K) of zeros."""
+def entry(rows, index):                                    # (N, K), (N,) -> (N, 1)
+    """rows[i, index[i]]; by a comparison where compiled: it joins the kernel around it, also
+    backwards, where `gather` writes a (N, K) of zeros."""
     if torch.compiler.is_compiling():
         words = torch.arange(rows.shape[1], device=rows.device)
         return torch.where(words == index[:, None], rows, 0).sum(-1, keepdim=True)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from idlm_loss import (cross_entropy, entry, flat_rows, frozen, is_enough, per_row, rows_of, to_device,
-                       uniform_nelbo_probs, upcast)
+from idlm_loss import (cross_entropy, entry, flat_rows, frozen, is_enough, per_row, rows_of,
+                       to_device, uniform_nelbo_probs, upcast)
 
 EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
 

@@ -342,11 +342,11 @@ def run_stage(args, stage, data):
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
         x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
-        t_min = FULL_NOISE_T_MIN if s.latent == "gaussian" else EPS
+        t_min = FULL_NOISE_T_MIN if config.latent_dim else EPS   # else: a teacher too
         t, t_tilde = (stratified_times(s.batch_size, rng, t_min) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
-        if s.latent == "gaussian":
+        if config.latent_dim:
             t_tilde[torch.rand(s.batch_size, generator=rng) < FULL_NOISE] = 1.0
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
         return x_0, t[m::M], t_tilde[m::M], rng

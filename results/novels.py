@@ -31,7 +31,8 @@ KEEP = {"sampler", "steps", "passes", "temperature", "n_texts", "seconds", "proc
     for ci in ("", "_ci")} | evaluate.PROVENANCE
 # The rows of README's table at most; the others carry "extra" and stand in novels.json alone
 SHOWN = {("mdlm", "teacher"): (4, 16, 64, 256, 1024), ("mdlm", "idlm"): (4, 8, 16, 32),
-         ("duo", "teacher"): (4, 16, 64, 256, 1024), ("duo", "dcd"): (4, 16, 64), ("duo", "idlm"): (2, 4, 8, 16)}
+         ("duo", "teacher"): (4, 16, 64, 256, 1024), ("duo", "dcd"): (4, 16, 64),
+         ("duo", "idlm"): (2, 4, 8, 16)}
 
 
 def load(runs, run):                                       # -> net, meta
@@ -181,7 +182,7 @@ def plot():
         return tuple(r.get(k) for k in ("process", "model", "start", "update"))
 
     records = evaluate.load_records(ROOT / "results/novels.json")
-    diverged = {kind(r) for r in records if r.get("temperature") == 1
+    diverged = {kind(r) for r in records if r.get("temperature") == 1 and "knob" not in r
                 and r["gen_ppl"] > 5000 and r["steps"] >= 4}
     with tempfile.TemporaryDirectory() as folder:
         evaluate.plot([r | {"judge": "of the same size"} for r in records

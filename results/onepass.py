@@ -57,8 +57,8 @@ from model import DiT, to_device
 from teacher import EPS, stratified_times
 
 BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
-            beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4, fake_lr=2e-4,
-            fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
+            beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
+            fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200)
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
@@ -266,7 +266,8 @@ def work(run, sizes, args, data, gpu):
         sampler, found, texts = generator.sample, [], [data.val_blocks(2 * sizes["texts"])[::2]]
         real, n = overlap(texts[0].numpy()), COPY[args.tokenizer]
         ways = [("fresh z", 1.0, steps)] + [
-            ("1.25 z", 1.25, (1, 4)), ("1.5 z", 1.5, (1,))] * bool(run.get("more") and run["latent"] == "gaussian")
+            ("1.25 z", 1.25, (1, 4)), ("1.5 z", 1.5, (1,))] * bool(
+                run.get("more") and run["latent"] == "gaussian")
         for drawn, Network.z_scale, steps in ways:
             del texts[1:]
 

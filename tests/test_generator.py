@@ -204,7 +204,7 @@ def test_the_shortcuts_change_nothing(prompt):
 
 # ---- draws --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("num_words", [1, 2, 3, 5, 10, 17, 1000])
 def test_sample_categorical_inverts_the_distribution(num_words, dtype, rng):
     """At the middle of every word's interval that word; u = 0 the first and u just below 1 (or

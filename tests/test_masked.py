@@ -169,7 +169,7 @@ def test_chunks_are_recomputed_and_change_nothing(rng, monkeypatch):
 
 def test_compiled_rows_are_the_eager_rows(rng, monkeypatch):
     """COMPILE takes larger chunks and marks their length as varying: value and gradient stay the
-    same, and other numbers of rows compile nothing new."""
+    same, kept or recomputed, and other numbers of rows compile nothing new."""
     w = torch.randn(8, 8, generator=rng, dtype=torch.float64).requires_grad_()
     nets = [Logits(None) for _ in range(3)]
     nets[0].project = lambda h: h @ w
@@ -179,7 +179,8 @@ def test_compiled_rows_are_the_eager_rows(rng, monkeypatch):
     run = torch.compile(idlm_loss.on_logits, dynamic=False,
                         backend=lambda graph, _: graphs.append(graph) or graph.forward)
     monkeypatch.setattr(idlm_loss, "compiled", lambda f: run)
-    for n in (13, 4, 11, 6):
+    for n, keep in ((13, 2 ** 31), (4, 2 ** 31), (11, 0), (6, 0)):
+        monkeypatch.setattr(idlm_loss, "KEEP_COMPILED", keep)
         logits = torch.randn(3, n, 8, generator=rng, dtype=torch.float64)
         for compile_ in (False, True):
             monkeypatch.setattr(idlm_loss, "COMPILE", compile_)

@@ -324,7 +324,7 @@ def test_micro_batches_are_parts_of_one_batch(flags, finished, monkeypatch):
 
 def test_times(finished, monkeypatch):
     """t is stratified; matched: t_tilde comes from the slice of t; independent: from any. Gaussian
-    latent: a quarter of the texts starts at t_tilde = 1.
+    latent: a quarter of the texts starts at t_tilde = 1, and t from 0.01, but not the teacher's.
 
     Of 256 texts 64 +- 35 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
     of 64 within one slice of their place: 16 or more have odds 2e-10."""
@@ -337,6 +337,9 @@ def test_times(finished, monkeypatch):
         for t, _ in times[how]:
             assert torch.equal(((t - first) / (1 - first) * 64 + 1e-5).floor(), torch.arange(64.))
     matched, apart, gaussian = times.values()
+    (_, _, t, *_), = recorded_batches(monkeypatch, "--stage teacher --latent gaussian --updates 1 "
+                                      "--batch_size 64 --micro_batch 64")
+    assert torch.equal(((t - EPS) / (1 - EPS) * 64 + 1e-5).floor(), torch.arange(64.))
     assert all((t - t_tilde).abs().max() < 1 / 64 for t, t_tilde in matched)
     assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in apart) < 16
     full = sum((t_tilde == 1).sum() for (_, t_tilde) in gaussian[::2])
