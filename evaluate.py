@@ -413,7 +413,7 @@ def rewrite_tables(readme="README.md", results="results"):
 
 def plot(records, folder="assets"):
     """quality_vs_passes.png: gen_ppl against passes, the matched one where there was a sweep, else
-    that of temperature 1 beside its entropy. frontier.png: gen_ppl against entropy."""
+    that of temperature 1 with its entropies. frontier.png: gen_ppl against entropy."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     rows = [r for r in average(records) if r.get("gen_ppl") and not VIEWS & r.keys()]
@@ -431,15 +431,16 @@ def plot(records, folder="assets"):
                 line = line, r["steps"] * (x == "entropy")
                 lines.setdefault(line, []).append(r)
         for (model, steps), line in lines.items():
-            label = None if model in colors else model
+            low, *_, high = sorted(2 * [round(r["entropy"], 2) for r in line])
+            label = None if model in colors else model + (
+                "" if matched or x == "entropy" else f", entropy {low} to {high}")
             color = colors.setdefault(model, f"C{len(colors)}")
             bars = [[abs(r[y] - (end or r[y])) for end in r[y + "_ci"]] for r in line]
             ax.errorbar([r[x] for r in line], [r[y] for r in line], np.transpose(bars), marker="o",
                         ms=4, lw=1.3, elinewidth=0.8, capsize=2, color=color, label=label)
-            labelled = line[-1:] if x == "entropy" else line * (not matched and " idlm" in model)
-            for r in labelled:
-                ax.annotate(steps or f"{r['entropy']:.2f}", (r[x], r[y]), (5, 3), color=color,
-                            fontsize=7, textcoords="offset points")
+            if x == "entropy":
+                ax.annotate(steps, (line[-1][x], line[-1][y]), (5, 3), color=color, fontsize=7,
+                            textcoords="offset points")
         ax.axhline(real[0]["gen_ppl"], color="black", ls="--", lw=1,
                    label=f"held-out text, entropy {real[0]['entropy']:.2f}")
         if x == "entropy":
@@ -447,7 +448,7 @@ def plot(records, folder="assets"):
             ax.set_xlabel("entropy, nats (along a line: temperature; at its end: steps)")
         else:
             ax.set_xscale("log", base=2)
-            ax.set_xlabel("network passes" + " (beside a point: its entropy)" * (not matched))
+            ax.set_xlabel("network passes")
             ax.xaxis.set_major_formatter("{x:g}")
         ax.set(yscale="log", ylabel=f"{y}, judge {real[0]['judge']}")
         ax.yaxis.set_major_formatter("{x:g}")
