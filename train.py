@@ -86,7 +86,9 @@ def parse_args(argv=None):
     add("--preset", choices=PRESETS, help="default: gpu with a CUDA device, else laptop")
     add("--out", help="run folder, default out/<process>")
     add("--resume", action="store_true", help="go on from a checkpoint; repeat its flags")
-    add("--init_from", help="teacher for idlm or dcd: a checkpoint, folder or hub name")
+    add("--init_from", nargs="+", default=[], metavar=("TEACHER", "START"),
+        help="of idlm or dcd: checkpoint, folder or hub name; default OUT/teacher.pt. START: what\n"
+             "the generator starts as; default OUT/dcd.pt if both are left out, else TEACHER")
     # data and network
     add("--data", help="text file, glob of .txt[.gz|.xz], or hub data set")
     add("--tokenizer", choices=("char", "gpt2"))
@@ -123,7 +125,11 @@ def parse_args(argv=None):
     if args.stage not in (None, "judge", *STAGES[args.process]):
         raise BadInput(f"--stage {args.stage} is none of {args.process}: try --process duo")
     if args.init_from and args.stage not in ("dcd", "idlm"):
-        raise BadInput(f"--init_from {args.init_from} gives a teacher: add --stage idlm (or dcd)")
+        raise BadInput(f"--init_from {' '.join(args.init_from)} gives a teacher: add --stage idlm "
+                       "(or dcd)")
+    if len(args.init_from) > (2 if args.stage == "idlm" else 1):
+        raise BadInput(f"--init_from {' '.join(args.init_from)}: give a teacher and, for --stage "
+                       "idlm, what the generator starts as")
     latent = re.fullmatch(r"state|gaussian(?::([1-9]\d*)(?::(\d+\.?\d*))?)?", args.latent)
     if not latent:
         raise BadInput(f"--latent {args.latent}: use state, gaussian or, say, gaussian:64:1")
@@ -272,16 +278,26 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     return generator_loss(net, fake, teacher, eps, *noise, process.K, rng, **extra)
 
 
-def load_teacher(s, data, saved):
-    """The network that this stage distils: by default of the last stage before it."""
-    dcd = s.out / "dcd.pt"
-    last = dcd if s.stage == "idlm" and dcd.exists() else s.out / "teacher.pt"
-    name = str(s.init_from or (saved["teacher"] if saved else last))
-    net, meta = checkpoint.load_network(name, s.device, s.process)
-    if meta["tokenizer"] != data.spec:
-        raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
-                       f"{s.data} gives: name the data it was trained on")
-    return net.to(s.weights), name
+def load_networks(s, data, saved):
+    """The teacher, the network that this stage's own one starts as, and their names. A generator
+    starts as the DCD student where there is one; but its teacher is what was trained on the NELBO,
+    which the loss compares. As a teacher the student costs entropy (results/laptop_start.json)."""
+    if s.init_from or saved:
+        names = s.init_from or [saved["teacher"], saved.get("start", saved["teacher"])]
+    else:
+        student = s.stage == "idlm" and (s.out / "dcd.pt").exists()
+        names = [s.out / "teacher.pt", s.out / ("dcd.pt" if student else "teacher.pt")]
+    (teacher, start), nets = (str(names[0]), str(names[-1])), {}
+    for name in {teacher, start}:
+        net, meta = checkpoint.load_network(name, s.device, s.process)
+        if meta["tokenizer"] != data.spec:
+            raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
+                           f"{s.data} gives: name the data it was trained on")
+        nets[name] = net.to(s.weights)
+    if nets[start].config != replace(nets[teacher].config, dropout=nets[start].config.dropout):
+        raise BadInput(f"{start} has another shape than {teacher}: a generator starts as a network "
+                       "of its teacher's shape")
+    return nets[teacher], nets[start], {"teacher": teacher, "start": start}
 
 
 # ---- a stage ------------------------------------------------------------------------------------
@@ -303,7 +319,8 @@ def run_stage(args, stage, data):
                          dropout=s.dropout, causal=stage == "judge")
     teacher = None
     if stage in ("dcd", "idlm"):
-        teacher, meta["teacher"] = load_teacher(s, data, saved)
+        teacher, begin, names = load_networks(s, data, saved)
+        meta |= names
         latent_dim = s.latent_dim if stage == "idlm" and s.latent == "gaussian" else 0
         config = replace(teacher.config, latent_dim=latent_dim, latent_scale=s.latent_scale,
                          dropout=s.dropout)
@@ -314,8 +331,8 @@ def run_stage(args, stage, data):
                        "flags, or choose another folder with --out")
     torch.manual_seed(s.seed)
     net = DiT(config).to(s.device, s.weights)
-    if teacher:                          # the generator starts as the teacher, with a random z
-        net.load_state_dict(net.state_dict() | teacher.state_dict())
+    if teacher:                          # what is left is the map of z: random
+        net.load_state_dict(net.state_dict() | begin.state_dict())
     if config.latent_dim:                # at the size of the embeddings that it has now
         net.init_latent()
     main, fake = Trainee(net, s.lr, s), None
@@ -438,8 +455,8 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
     torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.init_from:                   # a wrong one is told before hours of tokenising
-        checkpoint.load_network(args.init_from, "cpu", args.process)
+    for name in args.init_from:          # a wrong one is told before hours of tokenising
+        checkpoint.load_network(name, "cpu", args.process)
     data = TextData(s.data, s.tokenizer, s.block_size)
     print(f"{args.process}, preset {args.preset}, {args.device}, {args.dtype}, compile "
           f"{'on' if args.compile else 'off'}, seed {args.seed}, in {args.out}\n{s.data}: {data.K} "

@@ -137,14 +137,17 @@ STAGES = ["--stage teacher", "--stage idlm", "--stage idlm --latent gaussian",
           "--process duo --stage idlm", "--process duo --stage idlm --uniform_update marginal",
           "--process duo --stage idlm --uniform_update soft",
           "--process duo --stage idlm --init_from out/duo/teacher.pt",
+          "--process duo --stage idlm --init_from out/duo/dcd.pt out/duo/teacher.pt",
           "--process duo --stage judge"]
 
 
 @pytest.mark.parametrize("flags", STAGES)
 def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
     args = train.parse_args(flags.split())
-    path, teacher = args.out / f"{args.stage}.pt", args.init_from or args.out / (
-        "dcd.pt" if args.process == "duo" and args.stage == "idlm" else "teacher.pt")
+    path, teacher = args.out / f"{args.stage}.pt", args.out / "teacher.pt"
+    start = args.out / "dcd.pt" if (args.process, args.stage) == ("duo", "idlm") else teacher
+    if args.init_from:
+        teacher, start = args.init_from[0], args.init_from[-1]
     path.unlink(missing_ok=True)
     before = {file: file.read_bytes() for file in Path("out").rglob("*.pt")}
     (args.out / "log.jsonl").unlink(missing_ok=True)
@@ -157,9 +160,9 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
     assert net.config.causal == (is_a == "ar") and net.config.dropout == 0.1
     assert net.config.latent_dim == (args.latent_dim if args.latent == "gaussian" else 0)
     assert all(p.isfinite().all() for p in net.parameters())
-    if args.stage in ("dcd", "idlm"):        # it starts from the teacher and goes some way
-        assert meta["teacher"] == str(teacher)
-        old = checkpoint.load(teacher)["ema"]
+    if args.stage in ("dcd", "idlm"):        # it goes some way from where it starts
+        assert (meta["teacher"], meta["start"]) == (str(teacher), str(start))
+        old = checkpoint.load(start)["ema"]
         assert 1e-3 < distance(old, net.state_dict()) < 0.5
     assert "main" not in checkpoint.load(path)                 # finished: no optimiser is kept
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
@@ -765,6 +768,8 @@ def test_device_of_a_process(monkeypatch):
     ("--stage dcd", "--stage dcd is none of mdlm"),
     ("--init_from out/mdlm/teacher.pt", "gives a teacher: add --stage idlm"),
     ("--stage teacher --init_from x.pt", "gives a teacher: add --stage idlm"),
+    ("--process duo --stage dcd --init_from a.pt b.pt", "a.pt b.pt: give a teacher and, for"),
+    ("--stage idlm --init_from a.pt b.pt c.pt", "a.pt b.pt c.pt: give a teacher and, for"),
     ("--process duo --latent gaussian", "--latent gaussian is for the masked process"),
     ("--latent noise", "--latent noise: use state, gaussian or"),
     ("--latent gaussian:0", "--latent gaussian:0: use state"),
