@@ -55,6 +55,7 @@ TABLES = {
     "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
+    "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant steps gen_ppl_matched gen_ppl entropy known_words copied",
     "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",

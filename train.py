@@ -8,7 +8,7 @@
 
 Each stage leaves out/<process>/<stage>.pt:
     teacher   MDLM's or Duo's training loss (teacher.py)
-    dcd       discrete consistency distillation of the Duo teacher, a better start for idlm
+    dcd       discrete consistency distillation of the Duo teacher, what idlm then starts as
     idlm      generator and fake alternate (idlm_loss.py): IDLM, arXiv 2602.19066
     judge     an autoregressive model of the same data, which evaluate.py scores texts with
 With no --stage, whatever is missing runs. Nothing finished is ever overwritten.
