@@ -60,6 +60,7 @@ def set_up(rng, latent_dim=0):
     generator, fake, teacher = random_dit(rng, latent_dim), random_dit(rng), random_dit(rng)
     x_0 = torch.randint(K, (B, L), generator=rng)
     t_tilde, t = (0.2 + 0.6 * torch.rand(B, generator=rng, dtype=torch.float64) for _ in range(2))
+    t_tilde[0] = 1.0 if latent_dim else t_tilde[0]         # z is where all is [MASK]
     eps = draw_latent(generator, PROCESS, x_0, t_tilde, rng)
     is_masked = PROCESS.draw_mask(t, L, rng)
     kinds = {(a.item(), b.item()) for a, b in zip((eps.x == MASK).flatten(), is_masked.flatten())}

@@ -196,7 +196,9 @@ def test_default_runs_what_is_missing(process, stages, monkeypatch, capsys):
     run(f"--process {process}")
     log = [json.loads(line) for line in Path(f"out/{process}/log.jsonl").read_text().splitlines()]
     assert [line["stage"] for line in log if "ms" in line] == [s for s in stages for _ in range(4)]
-    assert load(f"{process}/idlm")["teacher"] == f"out/{process}/{stages[-2]}.pt"
+    generator = load(f"{process}/idlm")
+    assert generator["teacher"] == f"out/{process}/teacher.pt"
+    assert generator["start"] == f"out/{process}/{stages[-2]}.pt"
     assert tables == [(Path(f"out/{process}"), process, torch.device("cpu"), 1)]
     out = capsys.readouterr().out
     assert out.count(f"out/{process}/teacher.pt is finished: kept") == 1
@@ -237,7 +239,8 @@ def test_judge_predicts_the_next_token(monkeypatch):
 @pytest.mark.parametrize("flags", ["", "--latent gaussian", "--process duo",
                                    "--process duo --uniform_update soft"])
 def test_who_learns(flags, teachers, monkeypatch):
-    """Fake and generator start as the teacher; each step moves its own network and no other."""
+    """The fake starts as the teacher, the generator too unless there is a DCD student; each step
+    moves its own network and no other."""
     calls, inner = [], train.idlm_step
 
     def spy(which, s, process, net, fake, teacher, *batch):
@@ -255,10 +258,10 @@ def test_who_learns(flags, teachers, monkeypatch):
     assert [call[0] for call in calls] == ["fake", "fake", "generator"] * 3
     net, fake, teacher = ({key: x for key, x in state.items() if key != "latent_proj.weight"}
                           for state in calls[0][4:])
+    process, start = ("duo", "dcd") if "duo" in flags else ("mdlm", "teacher")
     assert_same(fake, teacher)
-    assert_same(net, teacher)
-    name = "duo/dcd" if "duo" in flags else "mdlm/teacher"
-    assert_same(teacher, load(name)["ema"])
+    assert_same(teacher, load(f"{process}/teacher")["ema"])
+    assert_same(net, load(f"{process}/{start}")["ema"])
     for now, then in zip(calls, calls[1:]):
         moved = [distance(a, b) > 0 for a, b in zip(now[4:], then[4:])]
         assert moved == [now[0] == "generator", now[0] == "fake", False]
