@@ -432,9 +432,10 @@ def plot(records, folder="assets"):
                 line = line, r["steps"] * (x == "entropy")
                 lines.setdefault(line, []).append(r)
         for (model, steps), line in lines.items():
-            low, *_, high = sorted(2 * [round(r["entropy"], 2) for r in line])
+            found = [r["entropy"] for r in line]
             label = None if model in colors else model + (
-                "" if matched or x == "entropy" else f", entropy {low} to {high}")
+                "" if matched or x == "entropy" else
+                f", entropy {min(found):.2f} to {max(found):.2f}")
             color = colors.setdefault(model, f"C{len(colors)}")
             bars = [[abs(r[y] - (end or r[y])) for end in r[y + "_ci"]] for r in line]
             ax.errorbar([r[x] for r in line], [r[y] for r in line], np.transpose(bars), marker="o",

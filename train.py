@@ -72,8 +72,8 @@ PRESETS = {
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
-FULL_NOISE = 0.25                    # --latent gaussian: share of texts at t_tilde = 1; and with
-FULL_NOISE_T_MIN = 0.01              # their larger gap the weight 1 / t would let a few t rule
+FULL_NOISE = 0.25                    # --latent gaussian: share of texts at t_tilde = 1, and smallest
+FULL_NOISE_T_MIN = 0.01              # t: their gap is large, and 1 / t would let the smallest t rule
 CLIP = 1.0                           # gradient norm
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(os.environ.get("RESULTS") or ROOT / "results")
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import evaluate  # noqa: E402
@@ -89,7 +90,7 @@ def rows(runs, *names):
                 mean = per_row(row_entropy, process.K, (net,), h).mean().item()
             records.append(checkpoint.provenance(1, net.device) | describe(name) |
                            dict(t_tilde=t_tilde, row_entropy=mean, n_texts=len(x_0)))
-    evaluate.write_json(ROOT / f"results/novels/rows.{meta['process']}.json", records)
+    evaluate.write_json(RESULTS / f"novels/rows.{meta['process']}.json", records)
 
 
 # ---- the same seconds ---------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def text(runs):
         if seconds <= limit or "teacher" not in best:
             best["teacher"] = steps, seconds, found
     where = checkpoint.provenance(1, pair["teacher"][0].device)
-    with open(ROOT / "results/novels_samples.txt", "w") as file:
+    with open(RESULTS / "novels_samples.txt", "w") as file:
         print(f"16 texts of {meta['block_size']} tokens, seed 1, the first of them; "
               f"{where['device']}, commit {os.environ.get('COMMIT', where['commit'])}", file=file)
         for name, (steps, seconds, found) in best.items():
@@ -131,7 +132,7 @@ def text(runs):
 def merge(runs, novels):
     documents = sorted(glob.glob(novels))
     real, records = None, []
-    for path in sorted(Path(ROOT, "results/novels").glob("*.json")):
+    for path in sorted(Path(RESULTS, "novels").glob("*.json")):
         for r in json.loads(path.read_text()):
             if r.get("real"):
                 real = r if real is None or r["n_texts"] > real["n_texts"] else real
@@ -172,8 +173,8 @@ def merge(runs, novels):
             return [short(y) for y in x]
         return float(f"{x:.5g}") if isinstance(x, float) else x
     found = [{k: short(v) for k, v in r.items()} for r in [real, *records]]
-    evaluate.write_json(ROOT / "results/novels.json", found)
-    print(f"results/novels.json: {len(found)} records")
+    evaluate.write_json(RESULTS / "novels.json", found)
+    print(f"{RESULTS / 'novels.json'}: {len(found)} records")
 
 
 def plot():
@@ -181,7 +182,7 @@ def plot():
     def kind(r):
         return tuple(r.get(k) for k in ("process", "model", "start", "update"))
 
-    records = evaluate.load_records(ROOT / "results/novels.json")
+    records = evaluate.load_records(RESULTS / "novels.json")
     diverged = {kind(r) for r in records if r.get("temperature") == 1 and "knob" not in r
                 and r["gen_ppl"] > 5000 and r["steps"] >= 4}
     with tempfile.TemporaryDirectory() as folder:

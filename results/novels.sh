@@ -24,9 +24,10 @@ if [ "${TINY:-}" ]; then
     NET="--tokenizer char --block_size 32 --size 1x2x32 --preset laptop --no-compile --device cpu"
     UPDATES=4 UNIFORM=4 MASKED=12 DUO=12 JUDGE=8 DCD=5 MORE=6 FEWER=2 BATCH=8 TEXTS=16 KNOB_TEXTS=16
     SEEDS="1 2" KNOB_SEEDS=1 FASTER=9
+    export RESULTS=$OUT_DIR/results                        # not those of a real run
 fi
 GPUS=$((GPUS > 0 ? GPUS : 1))
-state=$OUT_DIR/state records=results/novels list=$OUT_DIR/jobs
+state=$OUT_DIR/state records=${RESULTS:-results}/novels list=$OUT_DIR/jobs
 mkdir -p "$OUT_DIR/log" "$state" $records
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/$OUT_DIR/inductor}
 export TORCHINDUCTOR_COMPILE_THREADS=6 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}

@@ -800,6 +800,12 @@ def test_bad_input(flags, sentence, teachers, half):
     assert {file: file.read_bytes() for file in Path().rglob("*.pt")} == before
 
 
+def test_a_start_of_another_shape(teachers):
+    run("--stage teacher --out small --size 1x2x16")
+    with pytest.raises(BadInput, match="small/teacher.pt has another shape than out/mdlm/teacher"):
+        run("--stage idlm --out new --init_from out/mdlm/teacher.pt small/teacher.pt")
+
+
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """A run folder with a teacher killed at update 3 of 8."""
