@@ -8,13 +8,13 @@
 # TINY=1 tries everything on a CPU.
 #   NOVELS   the texts, a glob of .txt[.gz|.xz]; a document each, the last 4 % (3 of 90) held out
 #   OUT_DIR  runs, one folder each; its log/NAME.txt is what NAME printed
-#   UPDATES  of a masked generator in its base setting; UNIFORM, RATE: updates and learning rate of a
-#            uniform one; the others are below
+#   UPDATES  of a masked generator in its base setting; UNIFORM, RATE, FAKE: updates and the two
+#            learning rates of a uniform one; the others are below
 #   HOLD     a file: until it is there, something else is using GPU 0
 set -uf -o pipefail                    # no globbing: $NOVELS goes to Python as it is
 cd "$(dirname "$0")/.."
 NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-3600}
-UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-1200} RATE=${RATE:-1e-4}
+UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-1200} RATE=${RATE:-1e-4} FAKE=${FAKE:-3e-4}
 MASKED=${MASKED:-7000} DUO=${DUO:-4500} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000}
 NET="--tokenizer gpt2 --block_size 256 --size 8x6x384 --preset gpu"
 TEXTS=512 KNOB_TEXTS=256 SEEDS="1 2 3" KNOB_SEEDS="1 2"
@@ -107,7 +107,7 @@ IDLM="--stage idlm --batch_size $BATCH"
 
 uniform() {                            # start update seed seconds
     local from; from=$duo$([ "$1" = dcd ] && echo " $dcd")
-    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --updates $UNIFORM --lr $RATE \
+    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --updates $UNIFORM --lr $RATE --fake_lr $FAKE \
         --uniform_update $2 --seed $3 --init_from $from
 }
 
