@@ -107,8 +107,8 @@ IDLM="--stage idlm --batch_size $BATCH"
 
 uniform() {                            # start update seed seconds
     local from; from=$duo$([ "$1" = dcd ] && echo " $dcd")
-    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --updates $UNIFORM --lr $RATE --fake_lr $FAKE \
-        --uniform_update $2 --seed $3 --init_from $from
+    train duo__idlm__$1__$2__$3 duo__$1 - $4 --process duo $IDLM --updates $UNIFORM --lr $RATE \
+        --fake_lr $FAKE --uniform_update $2 --seed $3 --init_from $from
 }
 
 generators() {
