@@ -106,7 +106,7 @@ def parse_args(argv=None):
     # the method
     add("--pairing", choices=("independent", "matched"),
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
-             "default: matched if masked (better at equal entropy), else independent")
+             "default: matched if masked (README says why), else independent")
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
@@ -359,7 +359,7 @@ def run_stage(args, stage, data):
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
         x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
-        t_min = FULL_NOISE_T_MIN if config.latent_dim else EPS   # else: a teacher too
+        t_min = FULL_NOISE_T_MIN if config.latent_dim else EPS
         t, t_tilde = (stratified_times(s.batch_size, rng, t_min) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
