@@ -55,7 +55,11 @@ def on_logits(formula, K, nets, *rows):
 
 @lru_cache(maxsize=None)
 def compiled(function):
-    return torch.compile(function, dynamic=False)
+    """torch.compile; where it can, with the device's own exponential, good to 2 units in the last
+    place of a float32."""
+    from torch._inductor import config
+    fast = {"use_fast_math": True} if hasattr(config, "use_fast_math") else None
+    return torch.compile(function, dynamic=False, options=fast)
 
 
 def to_device(x, device):
@@ -125,9 +129,9 @@ def draw_tokens(net, h, K, rng):
 
 
 def entry(rows, index):                                    # (N, K), (N,) -> (N, 1)
-    """rows[i, index[i]]; by a comparison where compiled: it joins the kernel around it, also
-    backwards, where `gather` writes a (N, K) of zeros."""
-    if torch.compiler.is_compiling():
+    """rows[i, index[i]]; compiled and with a gradient by a comparison: it joins the kernel around
+    it, also backwards, where `gather` writes a (N, K) of zeros."""
+    if torch.compiler.is_compiling() and rows.requires_grad:
         words = torch.arange(rows.shape[1], device=rows.device)
         return torch.where(words == index[:, None], rows, 0).sum(-1, keepdim=True)
     return rows.gather(1, index[:, None])
@@ -240,19 +244,54 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
 # With a = alpha_t and a network's row x, write xbar_v = K a x_v + 1 - a (K times the law of the
 # noised token). c = -dalpha_t / (K a). All row arguments a, dalpha are (N, 1).
 
+def lse(logits):                                           # (N, K) -> (N, 1)
+    return upcast(logits).logsumexp(-1, keepdim=True)
+
+
+def noised(logits, log_sum, a):                            # -> x = softmax(logits), xbar: (N, K)
+    x = (upcast(logits) - log_sum).exp()
+    return x, logits.shape[-1] * a * x + (1 - a)
+
+
+def noised_at(logits, z, a):                               # -> xbar_z: (N, 1)
+    return logits.shape[-1] * a * (entry(upcast(logits), z) - lse(logits)).exp() + (1 - a)
+
+
+class NoisedRatio(torch.autograd.Function):
+    """sum_v gbar_v log(fbar_v / tbar_v) of three rows of logits.  # (N, K) x3, (N, 1) -> (N, 1)
+
+    The gradients are written out, for then one sweep over the words gives them: through a softmax x,
+    sum_v c_v dx_v is x_v (c_v - <x, c>) in its logits, and with c = dL / dx the sums <x, c> are
+    among those of the forward pass, since K a x_v = xbar_v - (1 - a).
+    """
+
+    @staticmethod
+    def forward(ctx, g, f, t, a):
+        lses = lse(g), lse(f), lse(t)
+        (G, gbar), (_, fbar), (_, tbar) = (noised(*x, a) for x in zip((g, f, t), lses))
+        log_ratio = (fbar / tbar).log()
+        sums = [x.sum(-1, keepdim=True) for x in (G * log_ratio, gbar / fbar, gbar / tbar)]
+        ctx.save_for_backward(g, f, t, a, *lses, *sums)
+        return (gbar * log_ratio).sum(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx, d):
+        g, f, t, a, *lses, mean, over_f, over_t = ctx.saved_tensors
+        (G, gbar), (F_, fbar), (T, tbar) = (noised(*x, a) for x in zip((g, f, t), lses))
+        K, b = g.shape[-1], 1 - a
+        d_g = K * a * G * ((fbar / tbar).log() - mean)
+        d_f = gbar * (1 - b / fbar) - F_ * (K - b * over_f)
+        d_t = T * (K - b * over_t) - gbar * (1 - b / tbar)
+        return *((d * x).to(like.dtype) for x, like in ((d_g, g), (d_f, f), (d_t, t))), None
+
+
 def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K) x2, (N,), (N, 1) x2 -> (N,)
     """NELBO of f at the noised token z for the target row G = softmax(logits_g), as in UDLM, Duo:
     c [ sum_v xbar_v / xbar_z log(fbar_z xbar_v / (fbar_v xbar_z)) - K / xbar_z + K / fbar_z ]
-    where, as sum_v xbar_v = K, the logarithm's part at z comes out of the sum."""
-    return uniform_nelbo_probs(logits_f, upcast(logits_g).softmax(-1), z, a, dalpha)
-
-
-def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
-    K = logits_f.shape[-1]
-    xbar = K * a * x_0_probs + (1 - a)
-    fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
-    xbar_z, fbar_z = entry(xbar, z), entry(fbar, z)
-    inner = (xbar * (xbar / fbar).log()).sum(-1, keepdim=True) - K * (xbar_z / fbar_z).log()
+    where, as sum_v xbar_v = K, the logarithm's part at z comes out of the sum. Gradient to f."""
+    K, logits_g = logits_f.shape[-1], logits_g.detach()
+    xbar_z, fbar_z = noised_at(logits_g, z, a), noised_at(logits_f, z, a)
+    inner = -NoisedRatio.apply(logits_g, logits_f, logits_g, a) - K * (xbar_z / fbar_z).log()
     return (-dalpha / (K * a) * (inner / xbar_z - K / xbar_z + K / fbar_z))[:, 0]
 
 
@@ -262,11 +301,8 @@ def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
         + K / tbar_z - K / fbar_z ]
     with tbar the teacher's."""
     K = logits_g.shape[-1]
-    xbar = K * a * upcast(logits_g).softmax(-1) + (1 - a)
-    fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
-    tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
-    xbar_z, fbar_z, tbar_z = (entry(rows, z) for rows in (xbar, fbar, tbar))
-    inner = (xbar * (fbar / tbar).log()).sum(-1, keepdim=True) - K * (fbar_z / tbar_z).log()
+    xbar_z, fbar_z, tbar_z = (noised_at(x, z, a) for x in (logits_g, logits_f, logits_t))
+    inner = NoisedRatio.apply(logits_g, logits_f, logits_t, a) - K * (fbar_z / tbar_z).log()
     return (-dalpha / (K * a) * (inner / xbar_z + K / tbar_z - K / fbar_z))[:, 0]
 
 

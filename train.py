@@ -241,9 +241,10 @@ class Trainee:
 def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng):
     """teacher, dcd and judge: one network, one loss."""
     if s.stage == "judge":
-        logits = net(x_0[:, :-1], torch.zeros(len(x_0)))
-        target = x_0[:, 1:].flatten().to(s.device)
-        return idlm_loss.cross_entropy(logits.flatten(0, 1), target).mean()
+        h = net.hidden(x_0[:, :-1], torch.zeros(len(x_0))).flatten(0, 1)
+        target = idlm_loss.to_device(x_0[:, 1:].flatten(), s.device)
+        return idlm_loss.per_row(idlm_loss.cross_entropy, net.config.vocab_size, (net,), h,
+                                 target).mean()
     if s.stage == "dcd":
         round_ = step // math.ceil(s.updates / DCD_ROUNDS)
         return dcd_loss(net, teacher, process, x_0, DCD_DELTA * 2 ** round_, rng, t)

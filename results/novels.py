@@ -1,11 +1,15 @@
 """What results/novels.sh cannot do in bash. RUNS: its OUT_DIR, RUN: the name of a folder there.
 
     python results/novels.py tokens FLAGS          tokenise once; flags as for train.py
+    python results/novels.py chain train FLAGS -- evaluate FLAGS     both scripts in one process
     python results/novels.py rows RUNS RUN ...     does G concentrate? entropy of rows by t_tilde
     python results/novels.py text RUNS             teacher and generator in the same seconds
-    python results/novels.py merge RUNS NOVELS     results/novels/*.json and the logs: novels.json
-    python results/novels.py plot                  novels.json: assets/novels.png
+    python results/novels.py merge RUNS NOVELS     results/novels/*.json and the logs: NAME.json
+    python results/novels.py plot                  NAME.json: assets/NAME.png
+
+The environment's NAME: novels if not given.
 """
+import gc
 import glob
 import json
 import os
@@ -19,6 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("RESULTS") or ROOT / "results")
+NAME = os.environ.get("NAME") or "novels"
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import evaluate  # noqa: E402
@@ -44,8 +49,10 @@ def load(runs, run):                                       # -> net, meta
 def describe(run):
     """What a run's name says: mdlm__teacher, duo__idlm__dcd__hard__1, mdlm__knob__lr__1e-4__1"""
     process, model, *rest = run.split("__")
-    if model == "knob":
-        return dict(process=process, model="idlm", start="teacher", knob=rest[0], value=rest[1])
+    if model == "knob":                                    # of the uniform process: KNOB.UPDATE
+        knob, _, update = rest[0].partition(".")
+        return dict(process=process, model="idlm", start="teacher", knob=knob, value=rest[1],
+                    **{"update": update} if update else {})
     names = dict(zip(("start", "update"), rest[:-1]))      # the last one is the seed
     return dict(process=process, model=model, **names)
 
@@ -62,6 +69,15 @@ def stages_of(runs, run):                                  # -> seconds, held-ou
 
 def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, evaluate.has_bfloat16(device))
+
+
+def chain(*argv):
+    commands = " ".join(argv).split(" -- ")                # no flag of theirs holds a space
+    for script, *flags in map(str.split, commands):
+        torch._dynamo.reset()
+        gc.collect()
+        sys.argv = [script + ".py", *flags]                # for the records
+        {"train": train, "evaluate": evaluate}[script].main(flags)
 
 
 # ---- does G concentrate? ------------------------------------------------------------------------
@@ -140,7 +156,7 @@ def merge(runs, novels):
                 records.append(r)
             else:
                 run = path.stem.partition("@")[0]
-                source = run.replace("knob__base__base", "idlm__teacher")
+                source = run if Path(runs, run).exists() else "mdlm__teacher"
                 r = {k: v for k, v in r.items() if k in KEEP} | describe(run)
                 r["train_seconds"] = stages_of(runs, source)[0]
                 if r["model"] != "teacher":
@@ -173,8 +189,8 @@ def merge(runs, novels):
             return [short(y) for y in x]
         return float(f"{x:.5g}") if isinstance(x, float) else x
     found = [{k: short(v) for k, v in r.items()} for r in [real, *records]]
-    evaluate.write_json(RESULTS / "novels.json", found)
-    print(f"{RESULTS / 'novels.json'}: {len(found)} records")
+    evaluate.write_json(RESULTS / f"{NAME}.json", found)
+    print(f"{RESULTS / NAME}.json: {len(found)} records")
 
 
 def plot():
@@ -182,13 +198,13 @@ def plot():
     def kind(r):
         return tuple(r.get(k) for k in ("process", "model", "start", "update"))
 
-    records = evaluate.load_records(RESULTS / "novels.json")
+    records = evaluate.load_records(RESULTS / f"{NAME}.json")
     diverged = {kind(r) for r in records if r.get("temperature") == 1 and "knob" not in r
                 and r["gen_ppl"] > 5000 and r["steps"] >= 4}
     with tempfile.TemporaryDirectory() as folder:
         evaluate.plot([r | {"judge": "of the same size"} for r in records
                        if kind(r) not in diverged], folder)
-        shutil.copy(Path(folder, "quality_vs_passes.png"), ROOT / "assets/novels.png")
+        shutil.copy(Path(folder, "quality_vs_passes.png"), ROOT / f"assets/{NAME}.png")
 
 
 if __name__ == "__main__":
@@ -197,4 +213,4 @@ if __name__ == "__main__":
         s = train.settings_of(train.parse_args(argv), "teacher")
         TextData(s.data, s.tokenizer, s.block_size)
     else:
-        {"rows": rows, "text": text, "merge": merge, "plot": plot}[command](*argv)
+        {"chain": chain, "rows": rows, "text": text, "merge": merge, "plot": plot}[command](*argv)
