@@ -189,7 +189,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if min(getattr(args, name) for name in SIZES) < 1:
         raise BadInput("a size, --steps or --iters is below 1; give whole numbers from 1 up")
-    args.device, idlm_loss.COMPILE, args.latent = pick_device(args.device), args.compile, "state"
+    args.device, idlm_loss.COMPILE = pick_device(args.device), args.compile
+    args.latent, args.own_token = "state", "weighed"
     args.where, args.cuda = provenance(args.seed, args.device), args.device.type == "cuda"
     args.amp = torch.autocast(args.device.type, torch.bfloat16, args.cuda, cache_enabled=False)
     torch.set_float32_matmul_precision("high")

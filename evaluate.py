@@ -52,7 +52,9 @@ TABLES = {
     "laptop": "process model start sampler steps passes bits_per_char entropy known_words",
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
-    "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
+    "novels_uniform": "model start update sampler steps gen_ppl_matched gen_ppl entropy "
+        "distinct4 gm",
+    "novels_uniform.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
@@ -60,8 +62,10 @@ TABLES = {
     "onepass": "data block_size variant steps gen_ppl_matched gen_ppl entropy known_words copied",
     "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",
     "updates": "update steps gen_ppl_matched gen_ppl entropy known_words",
+    "own_token": "words update own_token steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "toy": "data process model latent passes validity js kl",
+    "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
 SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde"}   # no results
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import torch
 
-from idlm_loss import (device_rng, flat_rows, per_row, sample_categorical, to_device, uniforms,
-                       upcast)
+from idlm_loss import (device_rng, flat_rows, own_token, per_row, sample_categorical, to_device,
+                       uniforms, upcast, weigh_in)
 from teacher import Masked
 
 
@@ -58,24 +58,33 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
     return Latent(x, process.sigma(t_tilde), z)
 
 
-def generate_probs(net, process, eps):
-    """x_0_probs (B, L, K), rows on the simplex: all of G(eps) at once, for small vocabularies."""
+def log_rows(net, process, eps, weigh=False):              # -> log G(eps): (B, L, K)
     x = eps.x if torch.is_tensor(eps.x) else eps.x[1][..., 0]
-    return process.log_probs(net(*eps), x.to(net.device)).exp()
+    log_G = process.log_probs(net(*eps), x.to(net.device))
+    if not weigh:
+        return log_G
+    own = own_token(eps, process.K, net.device, weigh)
+    return weigh_in(log_G.flatten(0, 1), *own).log_softmax(-1).view_as(log_G)
+
+
+def generate_probs(net, process, eps, weigh=False):
+    """x_0_probs (B, L, K), rows on the simplex: all of G(eps) at once, for small vocabularies.
+    weigh: of a uniform generator trained so (train.py --own_token weighed)."""
+    return log_rows(net, process, eps, weigh).exp()
 
 
 @torch.no_grad()
-def mixture_log_prob(net, process, x_0, latents):
+def mixture_log_prob(net, process, x_0, latents, weigh=False):
     """Monte-Carlo log p_theta(x_0) ~= log mean_k prod_i G_i(eps_k)[x_i], nats per text.
 
-    x_0 (B, L); latents: an iterable of eps, K independent draws for those B texts. Biased low: the
-    log of an average is below the average's log in expectation (Jensen), less so as K grows, so
-    the true log-likelihood is at least what this converges to from below.
+    x_0 (B, L); latents: an iterable of eps, K independent draws for those B texts; weigh: see
+    generate_probs. Biased low: the log of an average is below the average's log in expectation
+    (Jensen), less so as K grows, so the true log-likelihood is at least what this converges to from
+    below.
     """
     terms = []
     for eps in latents:
-        x = eps.x if torch.is_tensor(eps.x) else eps.x[1][..., 0]
-        log_G = process.log_probs(net(*eps), x.to(net.device))
+        log_G = log_rows(net, process, eps, weigh)
         terms.append(log_G.gather(-1, x_0.to(net.device)[..., None])[..., 0].sum(-1))
     return torch.stack(terms).logsumexp(0) - math.log(len(terms))
 

@@ -24,7 +24,7 @@ From the formula on paper only the place of evaluation differs: the vocabulary p
 the positions that count, in chunks, and (positions x vocabulary) never exists in float32.
 tests/test_masked.py and tests/test_uniform_losses.py hold the dense formulas. Differences from the
 authors' code: log-softmax in float32 and no +-1e6 constants; `hard` and `marginal` updates for the
-uniform process beside their `soft` one. To reuse: copy this file alone (torch and nothing else).
+uniform process beside their `soft` one, with rows that can weigh in their own token. To reuse: copy this file alone (torch and nothing else).
 """
 import math
 from functools import lru_cache, partial
@@ -129,9 +129,9 @@ def draw_tokens(net, h, K, rng):
 
 
 def entry(rows, index):                                    # (N, K), (N,) -> (N, 1)
-    """rows[i, index[i]]; compiled and with a gradient by a comparison: it joins the kernel around
-    it, also backwards, where `gather` writes a (N, K) of zeros."""
-    if torch.compiler.is_compiling() and rows.requires_grad:
+    """rows[i, index[i]]; by a comparison where compiled: it joins the kernel around it, also
+    backwards, where `gather` writes a (N, K) of zeros."""
+    if torch.compiler.is_compiling():
         words = torch.arange(rows.shape[1], device=rows.device)
         return torch.where(words == index[:, None], rows, 0).sum(-1, keepdim=True)
     return rows.gather(1, index[:, None])
@@ -244,54 +244,19 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
 # With a = alpha_t and a network's row x, write xbar_v = K a x_v + 1 - a (K times the law of the
 # noised token). c = -dalpha_t / (K a). All row arguments a, dalpha are (N, 1).
 
-def lse(logits):                                           # (N, K) -> (N, 1)
-    return upcast(logits).logsumexp(-1, keepdim=True)
-
-
-def noised(logits, log_sum, a):                            # -> x = softmax(logits), xbar: (N, K)
-    x = (upcast(logits) - log_sum).exp()
-    return x, logits.shape[-1] * a * x + (1 - a)
-
-
-def noised_at(logits, z, a):                               # -> xbar_z: (N, 1)
-    return logits.shape[-1] * a * (entry(upcast(logits), z) - lse(logits)).exp() + (1 - a)
-
-
-class NoisedRatio(torch.autograd.Function):
-    """sum_v gbar_v log(fbar_v / tbar_v) of three rows of logits.  # (N, K) x3, (N, 1) -> (N, 1)
-
-    The gradients are written out, for then one sweep over the words gives them: through a softmax x,
-    sum_v c_v dx_v is x_v (c_v - <x, c>) in its logits, and with c = dL / dx the sums <x, c> are
-    among those of the forward pass, since K a x_v = xbar_v - (1 - a).
-    """
-
-    @staticmethod
-    def forward(ctx, g, f, t, a):
-        lses = lse(g), lse(f), lse(t)
-        (G, gbar), (_, fbar), (_, tbar) = (noised(*x, a) for x in zip((g, f, t), lses))
-        log_ratio = (fbar / tbar).log()
-        sums = [x.sum(-1, keepdim=True) for x in (G * log_ratio, gbar / fbar, gbar / tbar)]
-        ctx.save_for_backward(g, f, t, a, *lses, *sums)
-        return (gbar * log_ratio).sum(-1, keepdim=True)
-
-    @staticmethod
-    def backward(ctx, d):
-        g, f, t, a, *lses, mean, over_f, over_t = ctx.saved_tensors
-        (G, gbar), (F_, fbar), (T, tbar) = (noised(*x, a) for x in zip((g, f, t), lses))
-        K, b = g.shape[-1], 1 - a
-        d_g = K * a * G * ((fbar / tbar).log() - mean)
-        d_f = gbar * (1 - b / fbar) - F_ * (K - b * over_f)
-        d_t = T * (K - b * over_t) - gbar * (1 - b / tbar)
-        return *((d * x).to(like.dtype) for x, like in ((d_g, g), (d_f, f), (d_t, t))), None
-
-
 def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K) x2, (N,), (N, 1) x2 -> (N,)
     """NELBO of f at the noised token z for the target row G = softmax(logits_g), as in UDLM, Duo:
     c [ sum_v xbar_v / xbar_z log(fbar_z xbar_v / (fbar_v xbar_z)) - K / xbar_z + K / fbar_z ]
-    where, as sum_v xbar_v = K, the logarithm's part at z comes out of the sum. Gradient to f."""
-    K, logits_g = logits_f.shape[-1], logits_g.detach()
-    xbar_z, fbar_z = noised_at(logits_g, z, a), noised_at(logits_f, z, a)
-    inner = -NoisedRatio.apply(logits_g, logits_f, logits_g, a) - K * (xbar_z / fbar_z).log()
+    where, as sum_v xbar_v = K, the logarithm's part at z comes out of the sum."""
+    return uniform_nelbo_probs(logits_f, upcast(logits_g).softmax(-1), z, a, dalpha)
+
+
+def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
+    K = logits_f.shape[-1]
+    xbar = K * a * x_0_probs + (1 - a)
+    fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
+    xbar_z, fbar_z = entry(xbar, z), entry(fbar, z)
+    inner = (xbar * (xbar / fbar).log()).sum(-1, keepdim=True) - K * (xbar_z / fbar_z).log()
     return (-dalpha / (K * a) * (inner / xbar_z - K / xbar_z + K / fbar_z))[:, 0]
 
 
@@ -301,8 +266,11 @@ def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
         + K / tbar_z - K / fbar_z ]
     with tbar the teacher's."""
     K = logits_g.shape[-1]
-    xbar_z, fbar_z, tbar_z = (noised_at(x, z, a) for x in (logits_g, logits_f, logits_t))
-    inner = NoisedRatio.apply(logits_g, logits_f, logits_t, a) - K * (fbar_z / tbar_z).log()
+    xbar = K * a * upcast(logits_g).softmax(-1) + (1 - a)
+    fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
+    tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
+    xbar_z, fbar_z, tbar_z = (entry(rows, z) for rows in (xbar, fbar, tbar))
+    inner = (xbar * (fbar / tbar).log()).sum(-1, keepdim=True) - K * (fbar_z / tbar_z).log()
     return (-dalpha / (K * a) * (inner / xbar_z + K / tbar_z - K / fbar_z))[:, 0]
 
 
@@ -332,48 +300,85 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     return -dalpha[:, 0] * (G * (log_ratio - inverse)).sum(-1) + (dalpha / (K * a) * rest)[:, 0]
 
 
-def uniform_mean(formula, K, nets, hs, z, *per_text):
+# A teacher's row f is the law of token l given the *other* noised tokens. As published, G is the row
+# of the network that starts as the teacher's copy. With `weigh` it is the law given all of them: with
+# x_tilde's own token v at level a~,
+#     G_u  ~  f_u q(v | u)  ~  f_u (1 + [u = v] K a~ / (1 - a~)),
+# so that at little noise G starts from the text it was given, not from a fresh draw of every word.
+# That is also what sampling makes of the network's row (Uniform.posterior is the law of x_s for
+# x_0 ~ G, greedy_end the argmax of G): else the own token counts twice there, up to K fold.
+
+def own_token(eps, K, device, weigh):                      # -> (N,), (N, 1)
+    """The token that each row of G weighs in and its bonus in logits; eps = (x_tilde, sigma)."""
+    x_tilde, a, noise = eps[0], (-eps[1]).exp(), -(-eps[1]).expm1()  # noise = 1 - a
+    bonus = torch.log1p(K * a / noise.clamp(min=1e-9)) * weigh
+    return to_device(x_tilde, device).flatten(), rows_of(bonus, x_tilde.shape[1], device)
+
+
+def weigh_in(logits, own, bonus):                          # (N, K), (N,), (N, 1) -> (N, K)
+    words = torch.arange(logits.shape[1], device=own.device)
+    return logits + torch.where(words == own[:, None], bonus, 0)
+
+
+@lru_cache(maxsize=None)
+def weighing(formula, which=0):
+    """`formula` whose argument number `which`, the generator's logits, weighs in the rows' own
+    tokens: own_token's two rows are its last arguments."""
+    def weighed(*args):
+        *args, own, bonus = args
+        args[which] = weigh_in(args[which], own, bonus)
+        return formula(*args)
+    return weighed
+
+
+def uniform_mean(formula, K, nets, hs, z, *per_text, own=()):
     """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t)."""
     per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
     return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(),
-                   *per_text).mean()
+                   *per_text, *own).mean()
 
 
 @torch.no_grad()
-def renoise_uniform(generator, h_g, keep, noise, K, rng):
+def renoise_uniform(generator, h_g, own, keep, noise, K, rng):
     """z ~ q(. | y), y ~ G: the draw where `keep` (probability alpha_t), else a uniform token."""
     rows = flat_rows(keep, h_g.device)
-    y = draw_tokens(generator, h_g.flatten(0, 1)[rows], K, rng)
+    u = uniforms(len(rows), rng, h_g.device)
+    y = per_row(weighing(sample_categorical), K, (generator,), h_g.flatten(0, 1)[rows], u,
+                *(x[rows] for x in own))
     return to_device(noise, y.device).flatten().index_copy(0, rows, y).view_as(noise)
 
 
-def uniform_fake_loss(generator, fake, eps, keep, noise, a, dalpha, sigma, K, rng):
+def uniform_fake_loss(generator, fake, eps, keep, noise, a, dalpha, sigma, K, rng, weigh=False):
     """NELBO of the fake on the rows G, at hard tokens z ~ q(. | G), nats per token.
 
+    eps        the generator's inputs, x_tilde (B, L) and sigma (B,), -log alpha at t_tilde
     keep       (B, L) bool, True with probability alpha_t;  noise  (B, L) uniform tokens
     a, dalpha  (B,) alpha_t and its slope;  sigma  (B,) -log alpha_t, for the fake
+    weigh      G's rows weigh in the token they stand on, see above
     A soft target has less variance than the drawn token and the same minimiser: the posterior
     of a token given the *other* noised tokens (leave one out).
     """
     with torch.no_grad():                                  # the generator gets no gradient here
         h_g = generator.hidden(*eps)
-        z = renoise_uniform(generator, h_g, keep, noise, K, rng)
-    return uniform_mean(uniform_nelbo, K, (fake, frozen(generator)), (fake.hidden(z, sigma), h_g),
-                        z, a, dalpha)
+        own = own_token(eps, K, h_g.device, weigh)
+        z = renoise_uniform(generator, h_g, own, keep, noise, K, rng)
+    return uniform_mean(weighing(uniform_nelbo, 1), K, (fake, frozen(generator)),
+                        (fake.hidden(z, sigma), h_g), z, a, dalpha, own=own)
 
 
 def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha, sigma, K, rng,
-                           gap=marginal_gap):
+                           gap=marginal_gap, weigh=False):
     """NELBO(f*) - NELBO(f) on G under the exact noising law; gap: hard_gap or marginal_gap.
 
     The gradient runs through the target G alone: neither teacher nor fake is differentiated.
     """
     h_g = generator.hidden(*eps)
-    z = renoise_uniform(generator, h_g, keep, noise, K, rng)
+    own = own_token(eps, K, h_g.device, weigh)
+    z = renoise_uniform(generator, h_g, own, keep, noise, K, rng)
     with torch.no_grad():
         h_f, h_t = fake.hidden(z, sigma), teacher.hidden(z, sigma)
-    return uniform_mean(gap, K, (generator, frozen(fake), frozen(teacher)), (h_g, h_f, h_t),
-                        z, a, dalpha)
+    return uniform_mean(weighing(gap), K, (generator, frozen(fake), frozen(teacher)),
+                        (h_g, h_f, h_t), z, a, dalpha, own=own)
 
 
 # The published update (IDLM-Duo): the networks read the Gaussian state softmax(w / tau) of G and

@@ -103,14 +103,14 @@ class GELU(nn.Module):
 
 class MLP(nn.Sequential):
     """Linear, GELU, Linear. Where a compiled pass on a GPU keeps nothing for a backward one, the
-    GELU (by its tanh formula there too) ends the first matrix product: one pass over memory less."""
+    GELU (its tanh formula, there too) ends the first matrix product: less goes through memory."""
 
     def __init__(self, D):
         super().__init__(nn.Linear(D, 4 * D), GELU(), nn.Linear(4 * D, D))
 
     def forward(self, x):                                            # (B, L, D) -> (B, L, D)
         half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        if not half or not x.is_cuda or not torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if not (half and x.is_cuda and torch.compiler.is_compiling()) or torch.is_grad_enabled():
             return super().forward(x)
         weight, bias = self[0].weight.to(half), self[0].bias.to(half)
         h = torch._addmm_activation(bias, x.flatten(0, 1).to(half), weight.t(), use_gelu=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from idlm_loss import (cross_entropy, entry, flat_rows, frozen, is_enough, per_row, rows_of,
-                       to_device, uniform_nelbo, upcast)
+                       to_device, uniform_nelbo_probs, upcast)
 
 EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
 
@@ -144,8 +144,8 @@ class Uniform:
     def nelbo(self, log_probs, x_0_probs, x_t, t):         # (B, L, K) x2, (B, L), (B,) -> (B, L)
         """UDLM's bound on -log p per token, for simplex targets (one-hot rows: the hard form)."""
         a, dalpha = (rows_of(x, x_t.shape[1], x_t.device) for x in self.alpha(t))
-        return uniform_nelbo(log_probs.flatten(0, 1), x_0_probs.flatten(0, 1).log(), x_t.flatten(),
-                             a, dalpha).view_as(x_t)
+        return uniform_nelbo_probs(log_probs.flatten(0, 1), x_0_probs.flatten(0, 1), x_t.flatten(),
+                                   a, dalpha).view_as(x_t)
 
     def posterior(self, x_0_probs, x_t, alpha_t, alpha_s):  # (..., K), (...) -> (..., K)
         """q(x_s | x_t, x_0) of UDLM; the sampler draws from it without forming it."""

@@ -111,6 +111,9 @@ def parse_args(argv=None):
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
     add("--uniform_update", choices=("hard", "marginal", "soft"), default="hard")
+    add("--own_token", choices=("weighed", "ignored"),
+        help="of hard and marginal: G weighs in the token it stands on, or not (as published);\n"
+             "default: weighed for GPT-2's words, ignored for characters (README says why)")
     # the machine
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     add("--dtype", choices=("float64", "float32", "bfloat16"), help="bfloat16: by autocast")
@@ -180,6 +183,7 @@ def settings_of(args, stage):
         raise BadInput(f"--size {s.size}: give layers x heads x width, as in 12x12x768, with an "
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
+    s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
     s.weights = torch.float64 if s.dtype == "float64" else torch.float32
     # No cache: before torch 2.13 a weight first cast under no_grad stays without gradient in it.
     s.autocast = torch.autocast(s.device.type, dtype=torch.bfloat16, cache_enabled=False,
@@ -268,15 +272,16 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
                                                process.mask_id, rng)
     if soft:
         scale, std, a, dalpha = process.gaussian(t)
-        noise, extra = (scale, std, a, dalpha, -a.log()), {}
+        noise, how, gap = (scale, std, a, dalpha, -a.log()), {}, {}
         fake_loss, generator_loss = idlm_loss.soft_fake_loss, idlm_loss.soft_generator_loss
     else:
         noise = *process.draw_noise(t, L, rng), *process.alpha(t), process.sigma(t)
-        extra = {"gap": getattr(idlm_loss, s.uniform_update + "_gap")}
+        how = {"weigh": s.own_token == "weighed"}
+        gap = {"gap": getattr(idlm_loss, s.uniform_update + "_gap")}
         fake_loss, generator_loss = idlm_loss.uniform_fake_loss, idlm_loss.uniform_generator_loss
     if which == "fake":
-        return fake_loss(net, fake, eps, *noise, process.K, rng)
-    return generator_loss(net, fake, teacher, eps, *noise, process.K, rng, **extra)
+        return fake_loss(net, fake, eps, *noise, process.K, rng, **how)
+    return generator_loss(net, fake, teacher, eps, *noise, process.K, rng, **how, **gap)
 
 
 def load_networks(s, data, saved):

@@ -17,7 +17,8 @@ import torch
 import teacher
 from generator import (draw_latent, generate_probs, greedy_end, mixture_log_prob, sample,
                        uniform_step)
-from idlm_loss import hard_gap, marginal_gap, renoise_uniform, soft_state, uniform_nelbo
+from idlm_loss import (hard_gap, marginal_gap, own_token, renoise_uniform, soft_state,
+                       uniform_nelbo, weighing)
 from model import DiT, ModelConfig
 from teacher import Uniform, hard_nelbo
 
@@ -512,16 +513,58 @@ class Fixed:
         return h
 
 
-def test_hard_renoising_has_the_law_of_G():
-    """z ~ alpha G + (1 - alpha) / K, each text at its own level."""
+@pytest.mark.parametrize("weigh", [False, True])
+def test_hard_renoising_has_the_law_of_G(weigh):
+    """z ~ alpha G + (1 - alpha) / K, each text at its own level; G is the network's row f or, with
+    the token 1 weighed in that every row stands on, f_u q(1 | u), normalised."""
     K, n = 5, 100_000
     process, rng = Uniform(K), seeded(25)
     G = torch.tensor([[.5, .5, 0, 0, 0], [.1, .2, .3, .15, .25]], **f64)
-    t = torch.tensor([0.1, 0.6])
+    t, t_tilde = torch.tensor([0.1, 0.6]), torch.tensor([0.8, 0.5], **f64)
     logits = G.log()[:, None].expand(2, n, K)
-    z = renoise_uniform(Fixed(logits), logits, *process.draw_noise(t, n, rng), K, rng)
-    for row, g, time in zip(z, G, t.tolist()):
-        assert_law(row, g @ kernel(K, 1 - 0.999 * time))
+    eps = torch.ones(2, n, dtype=torch.int64), process.sigma(t_tilde)
+    own = own_token(eps, K, torch.device("cpu"), weigh)
+    z = renoise_uniform(Fixed(logits), logits, own, *process.draw_noise(t, n, rng), K, rng)
+    for row, g, time, time_tilde in zip(z, G, t.tolist(), t_tilde.tolist()):
+        g = g * kernel(K, 1 - 0.999 * time_tilde)[:, 1] if weigh else g
+        assert_law(row, g / g.sum() @ kernel(K, 1 - 0.999 * time))
+
+
+def test_weighed_rows_of_a_network():
+    """generate_probs, weigh: softmax(logits) times q(x_tilde | u), normalised."""
+    K, process, net = 5, Uniform(5), random_dit(5, seed=31)
+    t_tilde = torch.tensor([0.3, 1.0], **f64)
+    eps = draw_latent(net, process, process.prior(2, 4, seeded(32)), t_tilde, seeded(33))
+    a = process.alpha(t_tilde)[0][:, None, None]
+    here = torch.arange(K) == eps.x[..., None]
+    G = net(*eps).softmax(-1) * (a * here + (1 - a) / K)
+    found = generate_probs(net, process, eps, weigh=True)
+    assert torch.allclose(found, G / G.sum(-1, keepdim=True), atol=1e-12)
+    assert (found[0] - generate_probs(net, process, eps)[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("L", [1, 2])
+def test_G_starts_as_the_posterior(L):
+    """If the network's row is the law of token l given the other noised tokens, G's row is the law
+    given all of them, by enumeration of all texts; and the sampler's step, Uniform.posterior of the
+    network's row, is the mean over u ~ G of the step for the clean token u."""
+    K, t_tilde = 3, 0.6
+    process, p = Uniform(K), torch.rand(K ** L, generator=seeded(3), **f64)
+    a, a_s = process.alpha(torch.tensor([t_tilde, 0.2], **f64))[0]
+    texts = torch.tensor([*itertools.product(range(K), repeat=L)])           # (K^L, L)
+    Q = kernel(K, a.item())                                                  # q(v | u)
+    for x in texts:                                                          # the noised text
+        chance = Q[texts, x]                                                 # (K^L, L)
+        for l in range(L):
+            others = p * chance[:, torch.arange(L) != l].prod(1)
+            f = torch.stack([others[texts[:, l] == u].sum() for u in range(K)])
+            law = f * Q[:, x[l]] / (f * Q[:, x[l]]).sum()
+            own = own_token((x[None, l:l + 1], -a.log()[None]), K, torch.device("cpu"), True)
+            G = weighing(lambda logits: logits.softmax(-1))(f.log()[None], *own)[0]
+            assert torch.allclose(G, law, atol=1e-12)
+            step = process.posterior((f / f.sum())[None], x[l:l + 1], a, a_s)[0]
+            each = process.posterior(torch.eye(K, **f64), x[l].expand(K), a, a_s)
+            assert torch.allclose(step, G @ each, atol=1e-12)
 
 
 def test_gaussian_state_of_a_soft_row_does_not():

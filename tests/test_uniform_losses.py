@@ -137,9 +137,10 @@ class Setting:
         self.fake, self.teacher = random_dit(K, seed + 1), random_dit(K, seed + 2)
         rng = seeded(seed)
         self.logits = (std * torch.randn(B, L, K, generator=rng, **f64)).requires_grad_()
-        self.generator, self.eps = Fixed(self.logits), (None,)
+        self.generator = Fixed(self.logits)
         self.t = torch.tensor([0.25, 0.7], **f64)
         self.keep, self.noise = self.process.draw_noise(self.t, L, rng)
+        self.eps = self.process.prior(B, L, rng), torch.tensor([0.3, 2.0], **f64)   # x_tilde, sigma
         self.keep[:, 0], self.keep[:, 1] = True, False      # both kinds, whatever the draw
 
     def args(self, soft):
@@ -154,9 +155,16 @@ class Setting:
         a, dalpha = self.args(soft)[2:4]
         return a[:, None, None], dalpha[:, None, None]
 
+    def G(self, logits, soft=False):
+        """The rows: f_u q(x_tilde | u), normalised, with f = softmax(logits); soft: f."""
+        x_tilde, a = self.eps[0][..., None], (-self.eps[1]).exp()[:, None, None]
+        chance = a * (torch.arange(self.K) == x_tilde) + (1 - a) / self.K
+        rows = logits.softmax(-1) * (1 if soft else chance)
+        return rows / rows.sum(-1, keepdim=True)
+
     def hard_state(self, seed, logits=None):
         """z ~ q(. | y): y by inverting the cumulative distribution at the same uniforms."""
-        G = (self.logits if logits is None else logits).detach().softmax(-1)
+        G = self.G(self.logits if logits is None else logits).detach()
         u = torch.zeros(B, L, **f64)
         u[self.keep] = torch.rand(int(self.keep.sum()), generator=seeded(seed), **f64)
         u = u[..., None]
@@ -175,7 +183,7 @@ def dense_gap(setting, kind, seed, tau=None, path=True, logits=None):
     """NELBO(f*) - NELBO(f) on G, mean over positions; marginal: summed over the own token z, with
     the rows f, f* that the drawn text gave."""
     logits = setting.logits if logits is None else logits
-    G, soft = logits.softmax(-1), kind == "soft"
+    G, soft = setting.G(logits, kind == "soft"), kind == "soft"
     a, dalpha = setting.columns(soft)
     if soft:
         x, z = setting.soft_state(seed, tau, logits)
@@ -195,7 +203,7 @@ def code_gap(setting, kind, seed, tau=None, generator=None, **more):
     nets = generator, setting.fake, setting.teacher, setting.eps
     if kind == "soft":
         return soft_generator_loss(*nets, *setting.args(True), seeded(seed), tau=tau, **more)
-    return uniform_generator_loss(*nets, *setting.args(False), seeded(seed), **more,
+    return uniform_generator_loss(*nets, *setting.args(False), seeded(seed), weigh=True, **more,
                                   gap={"hard": hard_gap, "marginal": marginal_gap}[kind])
 
 
@@ -267,7 +275,7 @@ def test_fake_loss_and_its_gradient(kind, tau, K):
     setting.eps = (setting.process.prior(B, L, seeded(9)), torch.ones(B, **f64))
     loss_of, soft = (soft_fake_loss, True) if kind == "soft" else (uniform_fake_loss, False)
     loss = loss_of(generator, setting.fake, setting.eps, *setting.args(soft), seeded(5),
-                   **({"tau": tau} if soft else {}))
+                   **({"tau": tau} if soft else {"weigh": True}))
     loss.backward()
 
     logits = generator(*setting.eps).detach()
@@ -275,7 +283,7 @@ def test_fake_loss_and_its_gradient(kind, tau, K):
         x, z = setting.soft_state(5, tau, logits)
     else:
         x = z = setting.hard_state(5, logits)
-    truth = rate_nelbo(setting.rows(setting.fake, x, soft), logits.softmax(-1), z,
+    truth = rate_nelbo(setting.rows(setting.fake, x, soft), setting.G(logits, soft), z,
                        *setting.columns(soft)).mean()
     assert truth > 1e-3 and close(loss, truth, 1e-10)
     parameters = list(setting.fake.parameters())
