@@ -52,6 +52,7 @@ TABLES = {
     "laptop": "process model start sampler steps passes bits_per_char entropy known_words",
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
+    "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
     "novels_uniform": "model start update sampler steps gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
     "novels_uniform.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",

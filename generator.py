@@ -63,13 +63,13 @@ def log_rows(net, process, eps, weigh=False):              # -> log G(eps): (B, 
     log_G = process.log_probs(net(*eps), x.to(net.device))
     if not weigh:
         return log_G
-    own = own_token(eps, process.K, net.device, weigh)
+    own = own_token(eps, process.K, net.device)
     return weigh_in(log_G.flatten(0, 1), *own).log_softmax(-1).view_as(log_G)
 
 
 def generate_probs(net, process, eps, weigh=False):
     """x_0_probs (B, L, K), rows on the simplex: all of G(eps) at once, for small vocabularies.
-    weigh: of a uniform generator trained so (train.py --own_token weighed)."""
+    weigh: of a uniform generator trained so (train.py --uniform_update hard:weighed)."""
     return log_rows(net, process, eps, weigh).exp()
 
 

@@ -24,7 +24,8 @@ From the formula on paper only the place of evaluation differs: the vocabulary p
 the positions that count, in chunks, and (positions x vocabulary) never exists in float32.
 tests/test_masked.py and tests/test_uniform_losses.py hold the dense formulas. Differences from the
 authors' code: log-softmax in float32 and no +-1e6 constants; `hard` and `marginal` updates for the
-uniform process beside their `soft` one, with rows that can weigh in their own token. To reuse: copy this file alone (torch and nothing else).
+uniform process beside their `soft` one, with rows that can weigh in their own token. To reuse: copy
+this file alone (torch and nothing else).
 """
 import math
 from functools import lru_cache, partial
@@ -308,10 +309,10 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
 # That is also what sampling makes of the network's row (Uniform.posterior is the law of x_s for
 # x_0 ~ G, greedy_end the argmax of G): else the own token counts twice there, up to K fold.
 
-def own_token(eps, K, device, weigh):                      # -> (N,), (N, 1)
+def own_token(eps, K, device):                             # -> (N,), (N, 1)
     """The token that each row of G weighs in and its bonus in logits; eps = (x_tilde, sigma)."""
     x_tilde, a, noise = eps[0], (-eps[1]).exp(), -(-eps[1]).expm1()  # noise = 1 - a
-    bonus = torch.log1p(K * a / noise.clamp(min=1e-9)) * weigh
+    bonus = torch.log1p(K * a / noise.clamp(min=1e-9))
     return to_device(x_tilde, device).flatten(), rows_of(bonus, x_tilde.shape[1], device)
 
 
@@ -331,9 +332,11 @@ def weighing(formula, which=0):
     return weighed
 
 
-def uniform_mean(formula, K, nets, hs, z, *per_text, own=()):
-    """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t)."""
+def uniform_mean(formula, K, nets, hs, z, *per_text, own=(), which=0):
+    """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t); with `own` those
+    of net number `which`, the generator, weigh in their tokens."""
     per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
+    formula = weighing(formula, which) if own else formula
     return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(),
                    *per_text, *own).mean()
 
@@ -343,8 +346,8 @@ def renoise_uniform(generator, h_g, own, keep, noise, K, rng):
     """z ~ q(. | y), y ~ G: the draw where `keep` (probability alpha_t), else a uniform token."""
     rows = flat_rows(keep, h_g.device)
     u = uniforms(len(rows), rng, h_g.device)
-    y = per_row(weighing(sample_categorical), K, (generator,), h_g.flatten(0, 1)[rows], u,
-                *(x[rows] for x in own))
+    draw = weighing(sample_categorical) if own else sample_categorical
+    y = per_row(draw, K, (generator,), h_g.flatten(0, 1)[rows], u, *(x[rows] for x in own))
     return to_device(noise, y.device).flatten().index_copy(0, rows, y).view_as(noise)
 
 
@@ -360,10 +363,10 @@ def uniform_fake_loss(generator, fake, eps, keep, noise, a, dalpha, sigma, K, rn
     """
     with torch.no_grad():                                  # the generator gets no gradient here
         h_g = generator.hidden(*eps)
-        own = own_token(eps, K, h_g.device, weigh)
+        own = own_token(eps, K, h_g.device) if weigh else ()
         z = renoise_uniform(generator, h_g, own, keep, noise, K, rng)
-    return uniform_mean(weighing(uniform_nelbo, 1), K, (fake, frozen(generator)),
-                        (fake.hidden(z, sigma), h_g), z, a, dalpha, own=own)
+    return uniform_mean(uniform_nelbo, K, (fake, frozen(generator)), (fake.hidden(z, sigma), h_g),
+                        z, a, dalpha, own=own, which=1)
 
 
 def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha, sigma, K, rng,
@@ -373,12 +376,12 @@ def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha
     The gradient runs through the target G alone: neither teacher nor fake is differentiated.
     """
     h_g = generator.hidden(*eps)
-    own = own_token(eps, K, h_g.device, weigh)
+    own = own_token(eps, K, h_g.device) if weigh else ()
     z = renoise_uniform(generator, h_g, own, keep, noise, K, rng)
     with torch.no_grad():
         h_f, h_t = fake.hidden(z, sigma), teacher.hidden(z, sigma)
-    return uniform_mean(weighing(gap), K, (generator, frozen(fake), frozen(teacher)),
-                        (h_g, h_f, h_t), z, a, dalpha, own=own)
+    return uniform_mean(gap, K, (generator, frozen(fake), frozen(teacher)), (h_g, h_f, h_t),
+                        z, a, dalpha, own=own)
 
 
 # The published update (IDLM-Duo): the networks read the Gaussian state softmax(w / tau) of G and

@@ -110,8 +110,7 @@ def parse_args(argv=None):
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
-    add("--uniform_update", choices=("hard", "marginal", "soft"), default="hard")
-    add("--own_token", choices=("weighed", "ignored"),
+    add("--uniform_update", default="hard", metavar="{hard,marginal,soft}[:{weighed,ignored}]",
         help="of hard and marginal: G weighs in the token it stands on, or not (as published);\n"
              "default: weighed for GPT-2's words, ignored for characters (README says why)")
     # the machine
@@ -140,6 +139,12 @@ def parse_args(argv=None):
         args.latent.split(":")[0], int(latent[1] or 64), float(latent[2] or 1))
     if args.latent == "gaussian" and args.process == "duo":
         raise BadInput("--latent gaussian is for the masked process: leave it out")
+    update = re.fullmatch(r"(hard|marginal|soft)(?:(?<!soft):(weighed|ignored))?",
+                          args.uniform_update)
+    if not update:
+        raise BadInput(f"--uniform_update {args.uniform_update}: use hard, marginal or soft, or of "
+                       "the first two, say, hard:weighed")
+    args.uniform_update, args.own_token = update.groups()
     args.pairing = args.pairing or ("matched" if args.process == "mdlm" else "independent")
     args.device = pick_device(args.device)
     args.preset = args.preset or ("gpu" if args.device.type == "cuda" else "laptop")

@@ -169,7 +169,7 @@ tune() {                               # one step off: KNOB.UPDATE VALUE flags
         uniform duo__knob__$1__$2__1 duo__teacher 1 60 "$FEW" --init_from $duo \
             --uniform_update ${1#*.} "${@:3}"
     }
-    try own_token.hard ignored --own_token ignored
+    try own_token.hard ignored --uniform_update hard:ignored
     try pairing.hard matched --pairing matched
     try pairing.marginal matched --pairing matched
     try lr.hard 1e-5 --lr 1e-5

@@ -193,13 +193,14 @@ def test_compiled_rows_are_the_eager_rows(rng, monkeypatch):
 
 @pytest.mark.parametrize("formula, nets", [
     (idlm_loss.cross_entropy, 1), (idlm_loss.uniform_nelbo, 2), (idlm_loss.hard_gap, 3),
-    (hard_nelbo, 1)])
+    (idlm_loss.weighing(idlm_loss.hard_gap), 3), (hard_nelbo, 1)])
 def test_compiled_formulas_are_the_eager_ones(formula, nets, rng):
     """A compiled formula takes one word of a row by comparison, an eager one by `gather`."""
     logits = torch.randn(nets, 6, 9, generator=rng, dtype=torch.float64).requires_grad_()
     words = torch.randint(9, (2, 6), generator=rng)
     a = torch.rand(6, 1, generator=rng, dtype=torch.float64)
-    others = {idlm_loss.cross_entropy: words[:1], hard_nelbo: (*words, a, -a)}.get(
+    others = {idlm_loss.cross_entropy: words[:1], hard_nelbo: (*words, a, -a),
+              idlm_loss.weighing(idlm_loss.hard_gap): (words[0], a, -a, words[1], 9 * a)}.get(
         formula, (words[0], a, -a))
     compiled = torch.compile(formula, backend="aot_eager")
     found, expected = compiled(*logits, *others), formula(*logits, *others)

@@ -730,6 +730,17 @@ def test_flags_and_presets(monkeypatch):
             assert s["batch_size"] % s["micro_batch"] == 0
 
 
+def test_own_token_follows_the_tokenizer():
+    def own_token(*flags):
+        args = train.parse_args(["--preset", "laptop", "--process", "duo", *flags])
+        return train.settings_of(args, "idlm").own_token
+    assert own_token() == own_token("--tokenizer=char") == "ignored"
+    assert own_token("--tokenizer=gpt2") == own_token("--uniform_update=hard:weighed") == "weighed"
+    assert own_token("--tokenizer=gpt2", "--uniform_update=marginal:ignored") == "ignored"
+    with pytest.raises(train.BadInput, match="soft:weighed"):
+        own_token("--uniform_update=soft:weighed")
+
+
 def test_flag_before_stage_before_preset():
     def batch_size(stage, *flags):
         return train.settings_of(train.parse_args(["--preset", "laptop", *flags]), stage).batch_size
@@ -776,6 +787,7 @@ def test_device_of_a_process(monkeypatch):
     ("--stage idlm --init_from a.pt b.pt c.pt", "a.pt b.pt c.pt: give a teacher and, for"),
     ("--process duo --latent gaussian", "--latent gaussian is for the masked process"),
     ("--latent noise", "--latent noise: use state, gaussian or"),
+    ("--uniform_update gentle", "--uniform_update gentle: use hard, marginal or"),
     ("--latent gaussian:0", "--latent gaussian:0: use state"),
     ("--latent state:8", "--latent state:8: use state"),
     ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),
@@ -835,7 +847,7 @@ def test_unknown_cuda_is_refused():
 
 
 @pytest.mark.parametrize("flags", ["--process sedd", "--stage student", "--preset huge",
-                                   "--tokenizer bert", "--uniform_update gentle", "--dtype int8",
+                                   "--tokenizer bert", "--dtype int8",
                                    "--pairing none", "--updates many", "--max 1"])
 def test_unknown_flag_values(flags, capsys):
     with pytest.raises(SystemExit) as error:

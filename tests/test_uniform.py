@@ -523,7 +523,7 @@ def test_hard_renoising_has_the_law_of_G(weigh):
     t, t_tilde = torch.tensor([0.1, 0.6]), torch.tensor([0.8, 0.5], **f64)
     logits = G.log()[:, None].expand(2, n, K)
     eps = torch.ones(2, n, dtype=torch.int64), process.sigma(t_tilde)
-    own = own_token(eps, K, torch.device("cpu"), weigh)
+    own = own_token(eps, K, torch.device("cpu")) if weigh else ()
     z = renoise_uniform(Fixed(logits), logits, own, *process.draw_noise(t, n, rng), K, rng)
     for row, g, time, time_tilde in zip(z, G, t.tolist(), t_tilde.tolist()):
         g = g * kernel(K, 1 - 0.999 * time_tilde)[:, 1] if weigh else g
@@ -559,7 +559,7 @@ def test_G_starts_as_the_posterior(L):
             others = p * chance[:, torch.arange(L) != l].prod(1)
             f = torch.stack([others[texts[:, l] == u].sum() for u in range(K)])
             law = f * Q[:, x[l]] / (f * Q[:, x[l]]).sum()
-            own = own_token((x[None, l:l + 1], -a.log()[None]), K, torch.device("cpu"), True)
+            own = own_token((x[None, l:l + 1], -a.log()[None]), K, torch.device("cpu"))
             G = weighing(lambda logits: logits.softmax(-1))(f.log()[None], *own)[0]
             assert torch.allclose(G, law, atol=1e-12)
             step = process.posterior((f / f.sum())[None], x[l:l + 1], a, a_s)[0]
