@@ -51,6 +51,7 @@ def describe(run):
     process, model, *rest = run.split("__")
     if model == "knob":                                    # of the uniform process: KNOB.UPDATE
         knob, _, update = rest[0].partition(".")
+        knob = f"uniform {knob}" if process == "duo" else knob
         return dict(process=process, model="idlm", start="teacher", knob=knob, value=rest[1],
                     **{"update": update} if update else {})
     names = dict(zip(("start", "update"), rest[:-1]))      # the last one is the seed
