@@ -124,9 +124,10 @@ def uniforms(n, rng, device):                              # -> (n,) in [0, 1), 
 
 
 @torch.no_grad()
-def draw_tokens(net, h, K, rng):
-    """Tokens from the rows' distributions.  # (N, D) -> (N,) int64"""
-    return per_row(sample_categorical, K, (net,), h, uniforms(len(h), rng, h.device))
+def draw_tokens(net, h, K, rng, own=()):
+    """Tokens from the rows' distributions.  # (N, D) -> (N,) int64; own: see `own_token`"""
+    draw = weighing(sample_categorical) if own else sample_categorical
+    return per_row(draw, K, (net,), h, uniforms(len(h), rng, h.device), *own)
 
 
 def entry(rows, index):                                    # (N, K), (N,) -> (N, 1)
@@ -345,9 +346,7 @@ def uniform_mean(formula, K, nets, hs, z, *per_text, own=(), which=0):
 def renoise_uniform(generator, h_g, own, keep, noise, K, rng):
     """z ~ q(. | y), y ~ G: the draw where `keep` (probability alpha_t), else a uniform token."""
     rows = flat_rows(keep, h_g.device)
-    u = uniforms(len(rows), rng, h_g.device)
-    draw = weighing(sample_categorical) if own else sample_categorical
-    y = per_row(draw, K, (generator,), h_g.flatten(0, 1)[rows], u, *(x[rows] for x in own))
+    y = draw_tokens(generator, h_g.flatten(0, 1)[rows], K, rng, [x[rows] for x in own])
     return to_device(noise, y.device).flatten().index_copy(0, rows, y).view_as(noise)
 
 
