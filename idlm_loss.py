@@ -302,9 +302,9 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     return -dalpha[:, 0] * (G * (log_ratio - inverse)).sum(-1) + (dalpha / (K * a) * rest)[:, 0]
 
 
-# A teacher's row f is the law of token l given the *other* noised tokens. As published, G is the row
-# of the network that starts as the teacher's copy. With `weigh` it is the law given all of them: with
-# x_tilde's own token v at level a~,
+# A teacher's row f is the law of token l given the *other* noised tokens. As published, G is the
+# row of the network that starts as the teacher's copy. With `weigh` G is the law given all of them:
+# with x_tilde's own token v at level a~,
 #     G_u  ~  f_u q(v | u)  ~  f_u (1 + [u = v] K a~ / (1 - a~)),
 # so that at little noise G starts from the text it was given, not from a fresh draw of every word.
 # That is also what sampling makes of the network's row (Uniform.posterior is the law of x_s for
@@ -334,8 +334,8 @@ def weighing(formula, which=0):
 
 
 def uniform_mean(formula, K, nets, hs, z, *per_text, own=(), which=0):
-    """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t); with `own` those
-    of net number `which`, the generator, weigh in their tokens."""
+    """Mean over all positions of formula(logits of each net, z, alpha_t, dalpha_t); with `own` the
+    logits of net number `which`, the generator, weigh in their tokens."""
     per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
     formula = weighing(formula, which) if own else formula
     return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(),
