@@ -260,8 +260,9 @@ def find_judge(name, data, device, out, meta):
 # ---- evaluation ---------------------------------------------------------------------------------
 
 def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
-                    metrics=METRICS, mauve=False, judge_name=None):
+                    metrics=METRICS, mauve=False, judge_name=None, schedules=(None,)):
     """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
+    schedules: times of the steps, None: what the process takes by itself.
     temperatures: by default 1, then 0.2 hotter or 0.1 colder until the curve of each setting has
     the entropy of held-out text well inside, at most 6."""
     if unknown := set(metrics) - set(METRICS):
@@ -311,20 +312,23 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
 
     record, real = measure(blocks[0::2], model="real text", real=True)
     target = record["entropy"]
-    settings = [(name, sampler, n) for name in nets for sampler in nets[name][2] for n in steps]
-    for name, sampler, n in (bar := tqdm(settings, leave=False, disable=None)):
+    settings = [(name, sampler, schedule, n) for name in nets for sampler in nets[name][2]
+                for schedule in schedules for n in steps]
+    for name, sampler, schedule, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
+        schedule = schedule or process.schedule
         half = has_bfloat16(net.device)
         net.freeze(torch.bfloat16 if half else None)
         todo = [*(temperatures or [1.0])]
         for temperature in todo:                           # which may grow on the way
-            bar.set_description(f"{name} {sampler} {n} steps at {temperature}")
+            bar.set_description(f"{name} {sampler} {n} {schedule} steps at {temperature}")
             rng, began = torch.Generator().manual_seed(seed), time.time()
             with torch.autocast(net.device.type, dtype=torch.bfloat16, enabled=half):
                 tokens, nfe = sample(net, process, num_texts, L, n, rng, temperature=temperature,
-                                     ending=sampler)
+                                     ending=sampler, schedule=schedule)
             curve.append(measure(
                 tokens.numpy(), seconds=time.time() - began, model=name, sampler=sampler, steps=n,
+                schedule=schedule,
                 process="mdlm" if isinstance(process, Masked) else "duo", real=False,
                 passes=nfe.double().mean().item(), temperature=temperature,
                 dtype="bfloat16" if half else "float32"))
@@ -426,6 +430,7 @@ def plot(records, folder="assets"):
     if not (real := [r for r in rows if r.get("real")]) or len(real) == len(rows):
         raise BadInput("there is no gen_ppl to plot: evaluate with a judge first")
     matched = any(r.get("gen_ppl_matched") for r in rows)
+    mixed = len({r.get("schedule") for r in rows if r not in real}) > 1
     for name, x, y in (("quality_vs_passes", "passes", "gen_ppl" + "_matched" * matched),
                        ("frontier", "entropy", "gen_ppl")):
         figure, lines, colors = Figure((6.5, 4.2), dpi=180, layout="constrained"), {}, {}
@@ -434,6 +439,7 @@ def plot(records, folder="assets"):
             if r not in real and r.get(y) and (x == "entropy" or r["temperature"] == 1):
                 how = " ".join(str(r[k]) for k in ("start", "update") if r.get(k))
                 line = f"{r['process']} {r['model']} {how}, {r['sampler']}".replace(" ,", ",")
+                line += f", {r['schedule']} steps" * mixed
                 line = line, r["steps"] * (x == "entropy")
                 lines.setdefault(line, []).append(r)
         for (model, steps), line in lines.items():
@@ -490,6 +496,8 @@ def parse_args(argv):
         help="default: 1, then whatever brackets the entropy of held-out text")
     add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
         default=["ancestral", "greedy"], help="last step of the uniform process")
+    add("--schedule", nargs="+", choices=("linear", "cosine"), default=[None],
+        help="times of the steps; default: cosine if masked, else linear")
     add("--num_texts", type=int, help="per setting, default 64 on a CPU, else 512")
     add("--metrics", nargs="+", default=METRICS, help=" ".join(METRICS))
     add("--mauve", action="store_true", help="MAUVE too, where mauve-text is installed")
@@ -541,7 +549,7 @@ def main(argv=None):
     records = evaluate_models(
         nets, data, judge, steps=args.steps, temperatures=args.temperatures, seed=args.seed,
         num_texts=args.num_texts or (64 if device.type == "cpu" else 512), metrics=args.metrics,
-        mauve=args.mauve, judge_name=args.judge)
+        mauve=args.mauve, judge_name=args.judge, schedules=args.schedule)
     provenance = checkpoint.provenance(args.seed, device) | {"judge": args.judge}
     write_json(args.out / "eval.json", {"provenance": provenance, "records": records})
     if args.records:

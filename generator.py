@@ -16,6 +16,7 @@ Sampling counts t down from 1 to 0; N steps are at most N network passes.
 To reuse: copy this file, teacher.py and idlm_loss.py.
 """
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -110,9 +111,19 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
     return sample_categorical(warp(logits, temperature, top_p), u)
 
 
+def step_times(steps, schedule="linear"):                  # -> [1, ..., 0], steps + 1 times
+    """linear: equal steps, as published. cosine (MaskGIT, arXiv 2202.04200): small ones first, as
+    long as there are few words for the next ones to go by; t = cos(pi/2 i / steps)."""
+    if schedule not in ("linear", "cosine"):
+        raise ValueError(f"schedule {schedule!r}: choose linear or cosine")
+    x = torch.arange(steps + 1, dtype=torch.float64) / steps
+    t = (math.pi / 2 * x).cos() if schedule == "cosine" else 1 - x
+    return [*t[:-1].tolist(), 0.0]
+
+
 @torch.no_grad()
 def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_p=1.0, prompt=None,
-           ending="ancestral", callback=None):
+           ending="ancestral", schedule=None, callback=None):
     """Write num_texts texts of `length` tokens in at most `steps` network passes.
 
     net       a DiT: the teacher, or the generator in its place
@@ -120,6 +131,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
     ending    uniform process: 'ancestral', 'greedy' (last step: the likeliest word given also the
               token it stands on), 'greedy-published' (the likeliest word under the network alone)
+    schedule  times of the steps, see step_times; default: cosine if masked, else linear
     callback  called with (step, x_t (B, L)) after every step, for showing
     """
     if steps < 1:
@@ -133,20 +145,20 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     walk = sample_masked if isinstance(process, Masked) else sample_uniform
     was_training = net.training
     how = to_device(torch.tensor(temperature), net.device), top_p   # a tensor: compiled only once
-    x, nfe = walk(net.eval(), process, x, free, steps, rng, how,
+    x, nfe = walk(net.eval(), process, x, free, step_times(steps, schedule or process.schedule), rng, how,
                   ending=ending, callback=callback)
     net.train(was_training)
     return Sample(x.cpu(), nfe)
 
 
-def sample_masked(net, process, x, is_masked, steps, rng, how, *, callback, **_):
+def sample_masked(net, process, x, is_masked, times, rng, how, *, callback, **_):
     """Reverse steps of the masked process. Which positions a step reveals is drawn first, on the
     CPU: texts that reveal nothing take no pass, and the head runs at revealed positions alone."""
     nfe = torch.zeros(len(x), dtype=torch.int64)
     blank = bool(is_masked.all())                          # equal texts: one pass serves them all
     device, x = net.device, to_device(x, net.device)
-    for i in range(steps):
-        reveal = process.reveal(is_masked, 1 - i / steps, 1 - (i + 1) / steps, rng)
+    for i, (t, s) in enumerate(pairwise(times)):
+        reveal = process.reveal(is_masked, t, s, rng)
         if reveal.any():
             chosen, here = texts_and_rows(reveal, device)
             x_in = x[chosen]
@@ -204,7 +216,7 @@ def greedy_end(logits, z, alpha_t, published=False, temperature=1.0, top_p=1.0):
     return logits.argmax(-1)
 
 
-def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, **_):
+def sample_uniform(net, process, x, free, times, rng, how, *, ending, callback, **_):
     """Reverse steps of the uniform process. The number that decides whether a token changes is
     drawn first: a step changes it with probability (move + spread) / (K alpha_t f_z + 1 - alpha_t),
     at most (move + spread) / (1 - alpha_t) whatever the network says, so tokens above that bound
@@ -212,10 +224,9 @@ def sample_uniform(net, process, x, free, steps, rng, how, *, ending, callback, 
     if ending not in ("ancestral", "greedy", "greedy-published"):
         raise ValueError(f"ending {ending!r}: choose ancestral, greedy or greedy-published")
     nfe, device, x = torch.zeros(len(x), dtype=torch.int64), net.device, to_device(x, net.device)
-    for i in range(steps):
-        t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps])
+    for i, t in enumerate(map(torch.tensor, pairwise(times))):
         alpha_t, alpha_s = process.alpha(t.double())[0]
-        end = i == steps - 1 and ending != "ancestral"
+        end = i == len(times) - 2 and ending != "ancestral"
         bound = alpha_s - alpha_t + (1 - alpha_t / alpha_s) * (1 - alpha_s)
         u = torch.rand(free.shape, generator=rng, dtype=torch.float64)
         wanted = free if end else free & (u * (1 - alpha_t) < bound)

@@ -41,7 +41,7 @@ def log_linear(t):                                         # (B,) -> alpha_t, da
 class Masked:
     """q(x_t | x_0): each token is kept with probability alpha_t, else [MASK]."""
     vocab_size: int                                        # V = K + 1
-    alpha = staticmethod(log_linear)
+    alpha, schedule = staticmethod(log_linear), "cosine"   # schedule: generator.step_times
 
     @property
     def K(self):
@@ -116,7 +116,7 @@ class Uniform:
     is Duo's: w = scale * x_0 + std * xi has argmax(w) distributed as q at some alpha(gamma), and
     gamma is linear in t between the values where alpha is alpha_max and alpha_min.
     """
-    alpha = staticmethod(log_linear)
+    alpha, schedule = staticmethod(log_linear), "linear"
 
     def __init__(self, vocab_size, alpha_max=0.999, alpha_min=1e-3):
         self.vocab_size = self.K = vocab_size

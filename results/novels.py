@@ -32,7 +32,7 @@ from data import TextData  # noqa: E402
 from generator import draw_latent, sample  # noqa: E402
 from idlm_loss import flat_rows, per_row, upcast  # noqa: E402
 
-KEEP = {"sampler", "steps", "passes", "temperature", "n_texts", "seconds", "process", "model"} | {
+KEEP = {"sampler", "schedule", "steps", "passes", "temperature", "n_texts", "seconds", "process", "model"} | {
     name + ci for name in ("gen_ppl", "gen_ppl_matched", "entropy", "distinct4", "gm")
     for ci in ("", "_ci")} | evaluate.PROVENANCE
 # The rows of README's table at most; the others carry "extra" and stand in novels.json alone
@@ -170,7 +170,7 @@ def merge(runs, novels):
     records.sort(key=lambda r: (
         "row_entropy" in r, "knob" in r, r["process"] == "duo", "teacher dcd idlm".find(r["model"]),
         *(r.get(k, "") for k in ("start", "update", "knob", "value")), r.get("sampler", ""),
-        r.get("steps", 0), r.get("temperature", r.get("t_tilde"))))
+        r.get("schedule", ""), r.get("steps", 0), r.get("temperature", r.get("t_tilde"))))
     for run in ("mdlm__teacher", "duo__teacher", "judge"):
         net, meta = load(runs, run)
         seconds, held_out = stages_of(runs, run)

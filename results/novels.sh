@@ -8,24 +8,25 @@
 #   NOVELS   the texts, a glob of .txt[.gz|.xz]; a document each, the last 4 % (3 of 90) held out
 #   OUT_DIR  runs, one folder each; its log/NAME.txt is what NAME printed
 #   NAME     of the records: results/NAME.json, novels if not given
-#   PARTS    of masked, uniform, knobs (of the masked generators)
-#   UPDATES  of a masked generator; KNOB, of one whose knobs are turned; UNIFORM, RATE, FAKE: updates
-#            and the two learning rates of a uniform one; HEAD, HEAD_FLAGS: start__update of that with
-#            every seed, and flags of its own
+#   PARTS    of masked, uniform, tune (uniform knobs), knobs (of the masked generators)
+#   UPDATES  of a masked generator; KNOB, TUNE: of one whose knobs are turned, masked and uniform;
+#            UNIFORM, RATE, FAKE, UBATCH, UFLAGS: updates, the two learning rates, batch and further
+#            flags of a uniform one; HEAD: start__update of that with every seed
 set -uf -o pipefail                    # no globbing: $NOVELS goes to Python as it is
 cd "$(dirname "$0")/.."
 NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-3600}
 UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-600} RATE=${RATE:-3e-5} FAKE=${FAKE:-3e-4}
+UBATCH=${UBATCH:-32} UFLAGS=${UFLAGS:-} TUNE=${TUNE:-600}
 MASKED=${MASKED:-7000} DUO=${DUO:-4500} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000} KNOB=${KNOB:-400}
-PARTS=${PARTS:-masked uniform knobs} HEAD=${HEAD:-teacher__hard}
+PARTS=${PARTS:-masked uniform tune knobs} HEAD=${HEAD:-teacher__hard}
 NET="--tokenizer gpt2 --block_size 256 --size 8x6x384 --preset gpu"
 TEXTS=512 KNOB_TEXTS=256 SEEDS="1 2 3" KNOB_SEEDS="1 2"
-BATCH=64 UBATCH=32 MORE=3000 FEWER=100 FASTER=1
+BATCH=64 MORE=3000 FEWER=100 FASTER=1
 GPUS=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)} WORKERS=${WORKERS:-2}       # workers a GPU
 if [ "${TINY:-}" ]; then
     NET="--tokenizer char --block_size 32 --size 1x2x32 --preset laptop --no-compile --device cpu"
     UPDATES=4 UNIFORM=4 MASKED=12 DUO=12 JUDGE=8 DCD=5 MORE=6 FEWER=2 BATCH=8 TEXTS=16 KNOB_TEXTS=16
-    UBATCH=4 KNOB=3
+    UBATCH=4 KNOB=3 TUNE=3
     SEEDS="1 2" KNOB_SEEDS=1 FASTER=9
     export RESULTS=$OUT_DIR/results                        # not those of a real run
 fi
@@ -107,7 +108,7 @@ run_jobs() {
 
 # ---- what there is to do -------------------------------------------------------------------------
 
-BOTH="--ending ancestral greedy" ALL="--metrics gen_ppl entropy distinct4 gm --num_texts $TEXTS"
+BOTH="--ending ancestral greedy" TIMES="--schedule linear cosine" ALL="--metrics gen_ppl entropy distinct4 gm --num_texts $TEXTS"
 FEW="--metrics gen_ppl entropy distinct4 --num_texts $KNOB_TEXTS --steps 4 16"
 many="--steps 1024" middle="--steps 256" masked="--steps 256 512 1024"
 [ "${TINY:-}" ] && many="--steps 9" middle="--steps 6" masked="--steps 5 7"
@@ -123,11 +124,11 @@ teachers() {
 
 masked() {
     local seed
-    evaluate mdlm__teacher@many mdlm__teacher 60 $teacher $masked $ALL
-    evaluate mdlm__teacher@few mdlm__teacher 60 $teacher --steps 4 8 16 32 64 128 $ALL
+    evaluate mdlm__teacher@many mdlm__teacher 60 $teacher $masked $TIMES $ALL
+    evaluate mdlm__teacher@few mdlm__teacher 60 $teacher --steps 4 8 16 64 $TIMES $ALL
     for seed in $SEEDS; do
         generate mdlm__idlm__teacher__$seed mdlm__teacher 90 \
-            "--steps 1 2 4 8 16 32 64 --seed $seed $ALL" $IDLM --updates $UPDATES --seed $seed
+            "--steps 1 2 4 8 16 32 64 $TIMES --seed $seed $ALL" $IDLM --updates $UPDATES --seed $seed
     done
     job rows.mdlm mdlm__idlm__teacher__1 - 30 python results/novels.py rows "$OUT_DIR" \
         mdlm__teacher mdlm__idlm__teacher__1
@@ -140,10 +141,10 @@ uniform_teachers() {                   # the longest first
     evaluate duo__dcd@few duo__dcd 60 $dcd --steps 4 8 16 64 $BOTH $ALL
 }
 
-# A uniform generator: NAME NEEDS SEED SECONDS "flags of evaluate.py", of train.py
+# A uniform generator: NAME NEEDS SEED SECONDS UPDATES "flags of evaluate.py", of train.py
 uniform() {
-    generate $1 $2 $4 "$5 $BOTH --seed $3" --process duo --batch_size $UBATCH --updates $UNIFORM \
-        --lr $RATE --fake_lr $FAKE --seed $3 "${@:6}"
+    generate $1 $2 $4 "$6 --seed $3" --process duo --batch_size $UBATCH --updates $5 --lr $RATE \
+        --fake_lr $FAKE --seed $3 "${@:7}"
 }
 
 uniforms() {                           # each start and update once, HEAD with every seed
@@ -153,29 +154,32 @@ uniforms() {                           # each start and update once, HEAD with e
                 dcd__soft; do
             [ $seed = 1 ] || [ $run = $HEAD ] || continue
             grep -q "^duo__idlm__${run}__$seed " "$list" && continue
-            start=${run%%__*} update=${run##*__} from=$duo steps="4 16" flags=
+            start=${run%%__*} update=${run##*__} from=$duo steps="4 16"
             [ $start = dcd ] && from="$duo $dcd"
-            [ $run = $HEAD ] && steps="1 2 4 8 16" flags=${HEAD_FLAGS:-}
-            uniform duo__idlm__${run}__$seed duo__$start $seed 70 "--steps $steps $ALL" \
-                --init_from $from --uniform_update ${update%%.*} $flags
+            [ $run = $HEAD ] && steps="1 2 4 8 16"
+            uniform duo__idlm__${run}__$seed duo__$start $seed 70 $UNIFORM "--steps $steps $BOTH $ALL" \
+                --init_from $from --uniform_update $update $UFLAGS
         done
     done
     job rows.duo duo__idlm__${HEAD}__1 - 30 python results/novels.py rows "$OUT_DIR" \
         duo__teacher duo__idlm__${HEAD}__1
 }
 
-tune() {                               # one step off: KNOB.UPDATE VALUE flags
+tune() {                               # of a uniform generator: KNOB.UPDATE VALUE flags
     try() {
-        uniform duo__knob__$1__$2__1 duo__teacher 1 60 "$FEW" --init_from $duo \
-            --uniform_update ${1#*.} "${@:3}"
+        uniform duo__knob__$1__$2__1 duo__teacher 1 60 $TUNE "$FEW --ending greedy" \
+            --init_from $duo --uniform_update ${1#*.} "${@:3}"
     }
-    try own_token.hard ignored --uniform_update hard:ignored
+    try base.hard base
     try pairing.hard matched --pairing matched
-    try pairing.marginal matched --pairing matched
-    try lr.hard 1e-5 --lr 1e-5
-    try lr.marginal 1e-5 --lr 1e-5
     try lr.hard 1e-4 --lr 1e-4
+    try pairing_lr.hard matched_1e-4 --pairing matched --lr 1e-4
+    try base.marginal base
+    try pairing.marginal matched --pairing matched
+    try own_token.hard ignored --uniform_update hard:ignored
+    try lr.marginal 1e-4 --lr 1e-4
     try fake_updates.hard 2 --fake_updates 2
+    try lr.hard 1e-5 --lr 1e-5
 }
 
 knob() {                               # NAME VALUE seed seconds flags: one step off the base setting
@@ -211,7 +215,8 @@ knobs() {                              # the most informative first; the second 
 LIMIT=$((LIMIT - 40))                  # for the texts and the merging
 teachers
 [[ $PARTS = *masked* ]] && masked
-[[ $PARTS = *uniform* ]] && uniforms && uniform_teachers && tune
+[[ $PARTS = *tune* ]] && tune
+[[ $PARTS = *uniform* ]] && uniforms && uniform_teachers
 [[ $PARTS = *knobs* ]] && knobs
 [ "${LIST_ONLY:-}" ] && exit           # for workers that are at it already
 run_jobs

@@ -36,16 +36,24 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def law_of_sampling(rows, steps, prompt=(-1,) * L):
+def chance_to_reveal(i, steps, schedule):
+    """(alpha_s - alpha_t) / (1 - alpha_t) = (t - s) / t of step i = 0 .. N - 1, log-linear alpha:
+    at t = 1 - i / N that is 1 / (N - i)."""
+    if schedule == "linear":
+        return 1 / (steps - i)
+    return 1 if i == steps - 1 else \
+        1 - math.cos(math.pi * (i + 1) / (2 * steps)) / math.cos(math.pi * i / (2 * steps))
+
+
+def law_of_sampling(rows, steps, prompt=(-1,) * L, schedule="cosine"):
     """The law of the finished texts, by walking every path: dict of text -> probability.
 
-    rows: for every noised text a list of L distributions. A masked position is revealed in step
-    i of N with probability 1 / (N - i), i = 0 .. N - 1: (alpha_s - alpha_t) / (1 - alpha_t) of the
-    log-linear schedule. The words revealed in one step are independent.
+    rows: for every noised text a list of L distributions. The words revealed in one step are
+    independent.
     """
     now = {tuple(MASK if word < 0 else word for word in prompt): 1.0}
     for i in range(steps):
-        reveal, then = 1 / (steps - i), {}
+        reveal, then = chance_to_reveal(i, steps, schedule), {}
         for text, chance in now.items():
             index = sum(word * (K + 1) ** (L - 1 - l) for l, word in enumerate(text))
             options = [[(word, 1.0)] if word != MASK else
@@ -72,18 +80,28 @@ def chi_square_p(tokens, law):
 
 # ---- the law of the sampled texts ---------------------------------------------------------------
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_sampled_texts_follow_the_exact_law(steps, rng):
+@pytest.mark.parametrize("steps, schedule", [(1, None), (2, None), (3, None), (7, "linear"),
+                                             (2, "linear"), (7, None)])
+def test_sampled_texts_follow_the_exact_law(steps, schedule, rng):
     """27 texts, 200,000 samples, chi-square p > 1e-5 (false alarm 1e-5 each). The laws of 1, 2
-    and 3 steps are far apart: the samples of one fail against the law of another."""
+    and 3 steps are far apart, those of both schedules too: the samples of one fail against the law
+    of another. The masked process takes cosine steps by itself."""
     net = table(rng)
     rows = net.logits[..., :K].softmax(-1).tolist()
-    out = sample(net, PROCESS, 200_000, L, steps, rng)
+    out = sample(net, PROCESS, 200_000, L, steps, rng, schedule=schedule)
+    schedule = schedule or "cosine"
     assert out.tokens.min() >= 0 and out.tokens.max() < K  # no mask left
     assert out.nfe.min() >= 1 and out.nfe.max() <= steps and len(net.seen) <= steps
-    assert chi_square_p(out.tokens, law_of_sampling(rows, steps)) > 1e-5
+    assert chi_square_p(out.tokens, law_of_sampling(rows, steps, schedule=schedule)) > 1e-5
     if steps > 1:
+        other = {"cosine": "linear", "linear": "cosine"}[schedule]
         assert chi_square_p(out.tokens, law_of_sampling(rows, 1)) < 1e-9
+        assert chi_square_p(out.tokens, law_of_sampling(rows, steps, schedule=other)) < 1e-9
+
+
+def test_an_unknown_schedule_is_refused(rng):
+    with pytest.raises(ValueError, match="schedule 'cosin'"):
+        sample(table(rng), PROCESS, 2, L, 2, rng, schedule="cosin")
 
 
 def test_prompted_texts_follow_the_conditional_law(rng):
@@ -193,7 +211,7 @@ def test_the_shortcuts_change_nothing(prompt):
     passes = torch.zeros(n, dtype=torch.int64)
     for i in range(steps):
         u = torch.rand(n, length, generator=draws, dtype=torch.float64)
-        reveal = (x == 6) & (u < 1 / (steps - i))
+        reveal = (x == 6) & (u < chance_to_reveal(i, steps, "cosine"))
         cdf = net(x, torch.zeros(n))[..., :6].softmax(-1).cumsum(-1)[reveal]
         u = torch.rand(len(cdf), generator=draws, dtype=torch.float64)
         x = x.clone()

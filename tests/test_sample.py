@@ -109,14 +109,16 @@ def test_settings_reach_the_sampler(capsys, monkeypatch):
     inner = sample.sample
 
     def spy(net, process, num_texts, length, steps, rng, **how):
-        seen.append((num_texts, length, steps, how["temperature"], how["top_p"], how["ending"]))
+        seen.append((num_texts, length, steps, how["temperature"], how["top_p"], how["ending"],
+                     how["schedule"]))
         return inner(net, process, num_texts, length, steps, rng, **how)
 
     monkeypatch.setattr(sample, "sample", spy)
     write(capsys, "--process", "duo", "--ending", "ancestral", "--temperature", "0.7", "--top_p",
-          "0.5", "--steps", "2", "--num_samples", "2", "--length", "8")
+          "0.5", "--steps", "2", "--num_samples", "2", "--length", "8", "--schedule", "cosine")
     write(capsys)
-    assert seen == [(2, 8, 2, 0.7, 0.5, "ancestral"), (1, L, 16, 1.0, 1.0, "greedy")]
+    assert seen == [(2, 8, 2, 0.7, 0.5, "ancestral", "cosine"),
+                    (1, L, 16, 1.0, 1.0, "greedy", None)]
 
 
 def test_watch(capsys):
