@@ -327,9 +327,8 @@ def weighing(formula, which=0):
     """`formula` whose argument number `which`, the generator's logits, weighs in the rows' own
     tokens: own_token's two rows are its last arguments."""
     def weighed(*args):
-        *args, own, bonus = args
-        args[which] = weigh_in(args[which], own, bonus)
-        return formula(*args)
+        before, logits, after = args[:which], args[which], args[which + 1:-2]
+        return formula(*before, weigh_in(logits, *args[-2:]), *after)
     return weighed
 
 
