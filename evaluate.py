@@ -239,7 +239,7 @@ def find_judge(name, data, device, out, meta):
             raise BadInput(f"{path} cannot judge this text: it is a {found['process']} model, or "
                            f"of another tokenizer; train one on {meta['data']} with --stage judge")
         return neural_judge(
-            device, lambda x: (h := net.hidden(x, torch.zeros(len(x))), net.project(h)),
+            device, lambda x: (h := net.hidden(x, torch.zeros(len(x))), net.project(h)[..., :data.K]),
             list, data.tokenizer.decode)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -260,9 +260,8 @@ def find_judge(name, data, device, out, meta):
 # ---- evaluation ---------------------------------------------------------------------------------
 
 def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
-                    metrics=METRICS, mauve=False, judge_name=None, schedules=(None,)):
+                    metrics=METRICS, mauve=False, judge_name=None, schedules=("linear",)):
     """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
-    schedules: times of the steps, None: what the process takes by itself.
     temperatures: by default 1, then 0.2 hotter or 0.1 colder until the curve of each setting has
     the entropy of held-out text well inside, at most 6."""
     if unknown := set(metrics) - set(METRICS):
@@ -316,7 +315,6 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 for schedule in schedules for n in steps]
     for name, sampler, schedule, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
-        schedule = schedule or process.schedule
         half = has_bfloat16(net.device)
         net.freeze(torch.bfloat16 if half else None)
         todo = [*(temperatures or [1.0])]
@@ -496,8 +494,8 @@ def parse_args(argv):
         help="default: 1, then whatever brackets the entropy of held-out text")
     add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
         default=["ancestral", "greedy"], help="last step of the uniform process")
-    add("--schedule", nargs="+", choices=("linear", "cosine"), default=[None],
-        help="times of the steps; default: cosine if masked, else linear")
+    add("--schedule", nargs="+", choices=("linear", "cosine"), default=["linear"],
+        help="times of the steps")
     add("--num_texts", type=int, help="per setting, default 64 on a CPU, else 512")
     add("--metrics", nargs="+", default=METRICS, help=" ".join(METRICS))
     add("--mauve", action="store_true", help="MAUVE too, where mauve-text is installed")

@@ -123,7 +123,7 @@ def step_times(steps, schedule="linear"):                  # -> [1, ..., 0], ste
 
 @torch.no_grad()
 def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_p=1.0, prompt=None,
-           ending="ancestral", schedule=None, callback=None):
+           ending="ancestral", schedule="linear", callback=None):
     """Write num_texts texts of `length` tokens in at most `steps` network passes.
 
     net       a DiT: the teacher, or the generator in its place
@@ -131,7 +131,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
     ending    uniform process: 'ancestral', 'greedy' (last step: the likeliest word given also the
               token it stands on), 'greedy-published' (the likeliest word under the network alone)
-    schedule  times of the steps, see step_times; default: cosine if masked, else linear
+    schedule  times of the steps, see step_times
     callback  called with (step, x_t (B, L)) after every step, for showing
     """
     if steps < 1:
@@ -145,7 +145,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     walk = sample_masked if isinstance(process, Masked) else sample_uniform
     was_training = net.training
     how = to_device(torch.tensor(temperature), net.device), top_p   # a tensor: compiled only once
-    x, nfe = walk(net.eval(), process, x, free, step_times(steps, schedule or process.schedule), rng, how,
+    x, nfe = walk(net.eval(), process, x, free, step_times(steps, schedule), rng, how,
                   ending=ending, callback=callback)
     net.train(was_training)
     return Sample(x.cpu(), nfe)
@@ -189,14 +189,14 @@ def texts_and_rows(wanted, device):                        # (B, L) bool, on the
     return flat_rows(some, device), flat_rows(wanted[some], device)
 
 
-def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s, temperature=1.0, top_p=1.0):
+def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s, temperature=1.0, top_p=1.0, K=None):
     """x_s ~ q(x_s | x_t = z, f), Uniform.posterior, as the mixture it is. (N, K), (N,) x3 -> (N,)
 
     Up to 1 / (K alpha_t f_z + 1 - alpha_t) the posterior puts K alpha_t f_z + alpha_ts - alpha_t on
     staying at z, spreads alpha_s - alpha_t as f and (1 - alpha_ts)(1 - alpha_s) evenly: choose the
     part, then draw in it, and the posterior itself is never formed.
     """
-    K, a_ts, logits = logits.shape[-1], alpha_t / alpha_s, warp(logits, temperature, top_p)
+    K, a_ts, logits = K or logits.shape[-1], alpha_t / alpha_s, warp(logits, temperature, top_p)
     f_z = (logits.gather(1, z[:, None])[:, 0] - logits.logsumexp(-1)).exp()
     move, spread = alpha_s - alpha_t, (1 - a_ts) * (1 - alpha_s)
     u = u_kind * (K * alpha_t * f_z + 1 - alpha_t)
@@ -205,12 +205,13 @@ def uniform_step(logits, z, u_kind, u_word, alpha_t, alpha_s, temperature=1.0, t
     return torch.where(u < move, drawn, torch.where(u < move + spread, even, z))
 
 
-def greedy_end(logits, z, alpha_t, published=False, temperature=1.0, top_p=1.0):
+def greedy_end(logits, z, alpha_t, published=False, temperature=1.0, top_p=1.0, K=None):
     """argmax over v of f_v q(z | v): f is a leave-one-out posterior, so the token z under it has
     still to be weighed in. The published form takes the argmax of f alone. (N, K), (N,) -> (N,)"""
     logits = warp(logits, temperature, top_p)
     if not published:
-        bonus = torch.log1p(torch.as_tensor(logits.shape[-1] * alpha_t / (1 - alpha_t)))
+        K = K or logits.shape[-1]
+        bonus = torch.log1p(torch.as_tensor(K * alpha_t / (1 - alpha_t)))
         here = torch.arange(logits.shape[-1], device=z.device) == z[:, None]
         logits = torch.where(here, logits + bonus, logits)
     return logits.argmax(-1)
@@ -237,11 +238,11 @@ def sample_uniform(net, process, x, free, times, rng, how, *, ending, callback, 
             z = x_in.flatten()[here]
             if end:
                 new = per_row(greedy_end, process.K, (net,), h, z, clock[0],
-                              ending == "greedy-published", *how)
+                              ending == "greedy-published", *how, process.K)
             else:
                 u = to_device(u[wanted].to(clock.dtype if device.type == "mps" else u.dtype), device)
                 new = per_row(uniform_step, process.K, (net,), h, z, u,
-                              uniforms(len(z), rng, device), *clock, *how)
+                              uniforms(len(z), rng, device), *clock, *how, process.K)
             x[chosen] = x_in.flatten().index_copy(0, here, new).view_as(x_in)
             nfe += wanted.any(1)
         if callback:

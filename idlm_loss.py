@@ -50,8 +50,18 @@ def upcast(logits):
 
 def on_logits(formula, K, nets, *rows):
     """formula(logits of each network at its hidden rows, other arguments): what a chunk does."""
-    logits = [net.project(h)[:, :K] for net, h in zip(nets, rows)]
+    logits = [of_words(net.project(h), K) for net, h in zip(nets, rows)]
     return formula(*logits, *rows[len(nets):])
+
+
+def of_words(logits, K):                                   # (N, >= K) -> (N, K), or see below
+    """Compiled, rows of a whole number of 16 words stay as wide as they are: what is no word gets
+    the probability 0 (exp(-1e4), and no formula adds a 0 to a loss where it should not). Cut to
+    50,257, a kernel would load word by word instead of 16 bytes at once, at half the speed. Hence
+    the formulas' last argument K: their rows may be longer."""
+    if not torch.compiler.is_compiling() or logits.shape[1] % 16:
+        return logits[:, :K]
+    return torch.where(torch.arange(logits.shape[1], device=logits.device) < K, logits, -1e4)
 
 
 @lru_cache(maxsize=None)
@@ -246,15 +256,15 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
 # With a = alpha_t and a network's row x, write xbar_v = K a x_v + 1 - a (K times the law of the
 # noised token). c = -dalpha_t / (K a). All row arguments a, dalpha are (N, 1).
 
-def uniform_nelbo(logits_f, logits_g, z, a, dalpha):       # (N, K) x2, (N,), (N, 1) x2 -> (N,)
+def uniform_nelbo(logits_f, logits_g, z, a, dalpha, K=None):  # (N, K) x2, (N,), (N, 1) x2 -> (N,)
     """NELBO of f at the noised token z for the target row G = softmax(logits_g), as in UDLM, Duo:
     c [ sum_v xbar_v / xbar_z log(fbar_z xbar_v / (fbar_v xbar_z)) - K / xbar_z + K / fbar_z ]
     where, as sum_v xbar_v = K, the logarithm's part at z comes out of the sum."""
-    return uniform_nelbo_probs(logits_f, upcast(logits_g).softmax(-1), z, a, dalpha)
+    return uniform_nelbo_probs(logits_f, upcast(logits_g).softmax(-1), z, a, dalpha, K)
 
 
-def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
-    K = logits_f.shape[-1]
+def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha, K=None):
+    K = K or logits_f.shape[-1]
     xbar = K * a * x_0_probs + (1 - a)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     xbar_z, fbar_z = entry(xbar, z), entry(fbar, z)
@@ -262,12 +272,12 @@ def uniform_nelbo_probs(logits_f, x_0_probs, z, a, dalpha):
     return (-dalpha / (K * a) * (inner / xbar_z - K / xbar_z + K / fbar_z))[:, 0]
 
 
-def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
+def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha, K=None):
     """NELBO(f*) - NELBO(f) at z for the target G; what depends on G alone has cancelled:
     c [ sum_v xbar_v / xbar_z (log fbar_v / fbar_z - log tbar_v / tbar_z)
         + K / tbar_z - K / fbar_z ]
     with tbar the teacher's."""
-    K = logits_g.shape[-1]
+    K = K or logits_g.shape[-1]
     xbar = K * a * upcast(logits_g).softmax(-1) + (1 - a)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
@@ -276,7 +286,7 @@ def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     return (-dalpha / (K * a) * (inner / xbar_z + K / tbar_z - K / fbar_z))[:, 0]
 
 
-def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
+def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha, K=None):
     """`hard_gap` with the position's own token z integrated out, which a leave-one-out f allows.
 
     The minimiser of the NELBO predicts token l from the *other* noised tokens, so its row f does
@@ -293,7 +303,7 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha):
     its gradient is -dalpha times that of <G, phi(fbar) - phi(f*bar)>, the masked formula with phi
     for log, at every position and with a bounded weight. z is not used.
     """
-    K = logits_g.shape[-1]
+    K = K or logits_g.shape[-1]
     G = upcast(logits_g).softmax(-1)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
@@ -338,7 +348,7 @@ def uniform_mean(formula, K, nets, hs, z, *per_text, own=(), which=0):
     per_text = (rows_of(x, z.shape[1], z.device) for x in per_text)
     formula = weighing(formula, which) if own else formula
     return per_row(formula, K, nets, *(h.flatten(0, 1) for h in hs), z.flatten(),
-                   *per_text, *own).mean()
+                   *per_text, K, *own).mean()
 
 
 @torch.no_grad()
@@ -410,7 +420,8 @@ def device_rng(rng, device):
 
 
 def noisy_top(logits_g, xi, scale, std, k):                # (N, K) x2, (N, 1) x2 -> (N, k) x2
-    return top_entries(scale * upcast(logits_g).softmax(-1) + std * xi, k)
+    G = upcast(logits_g).softmax(-1)[:, :xi.shape[1]]
+    return top_entries(scale * G + std * xi, k)
 
 
 def state_weights(logits_g, ids, noise, scale, tau):       # (N, K), (N, k) x2, (N, 1) -> (N, k)

@@ -67,7 +67,7 @@ class Rotary(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):                                             # (B, H, L, d) -> (B, H, L, d)
+def rotate(x, cos, sin):                                             # (..., L, d) -> (..., L, d)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
@@ -138,8 +138,8 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(cond)[:, None].chunk(6, dim=-1)       # (B, 1, D) each
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         qkv = self.attn_qkv(modulate(self.norm1(x), shift1, scale1))             # (B, L, 3D)
-        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)   # (B, H, L, d) each
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)       # (3, B, H, L, d)
+        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]                            # both in one kernel
         if cache is not None:                            # a causal model writing token by token
             k, v, visible = cache(k, v)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
@@ -238,17 +238,18 @@ class DiT(nn.Module):
             h = block(h, cond, cos, sin, None if keep is None else keep[i])
         return self.output_layer(h, cond)
 
-    def project(self, h):                                            # (..., D) -> (..., V) logits
+    def project(self, h):                                            # (..., D) -> (..., >= V)
+        """Logits; on a GPU more than V of them, a multiple of 64, of which the last mean nothing."""
         weight, bias = self.output_layer.linear.weight, self.output_layer.linear.bias
         if not h.is_cuda:
             return F.linear(h, weight, bias)
         # 50,257 words to a row would leave every second row off the alignment that the matrix
-        # units need, at a third of their speed: fill up to 64 and cut.
-        V, fill = len(weight), -len(weight) % 64
-        return F.linear(h, F.pad(weight, (0, 0, 0, fill)), F.pad(bias, (0, fill)))[..., :V]
+        # units need, at a third of their speed: fill up to 64.
+        fill = -len(weight) % 64
+        return F.linear(h, F.pad(weight, (0, 0, 0, fill)), F.pad(bias, (0, fill)))
 
     def forward(self, x, sigma, z=None):                             # -> logits (B, L, V)
-        return self.project(self.hidden(x, sigma, z))
+        return self.project(self.hidden(x, sigma, z))[..., :self.config.vocab_size]
 
     def compile_trunk(self):
         """torch.compile: on a GPU the trunk as a whole, small kernels joined, and as a CUDA graph,

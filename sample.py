@@ -43,8 +43,8 @@ def parse_args(argv=None):
     add("--top_p", type=float, default=1.0, help="keep the likeliest words holding this share")
     add("--ending", choices=("ancestral", "greedy", "greedy-published"), default="greedy",
         help="last step of the uniform process")
-    add("--schedule", choices=("linear", "cosine"),
-        help="times of the steps; default: cosine if masked, else linear")
+    add("--schedule", choices=("linear", "cosine"), default="linear",
+        help="times of the steps; cosine: small ones first, for few steps (README)")
     add("--seed", type=int, default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     add("--watch", action="store_true", help="show every step")

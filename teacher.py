@@ -41,7 +41,7 @@ def log_linear(t):                                         # (B,) -> alpha_t, da
 class Masked:
     """q(x_t | x_0): each token is kept with probability alpha_t, else [MASK]."""
     vocab_size: int                                        # V = K + 1
-    alpha, schedule = staticmethod(log_linear), "cosine"   # schedule: generator.step_times
+    alpha = staticmethod(log_linear)
 
     @property
     def K(self):
@@ -116,7 +116,7 @@ class Uniform:
     is Duo's: w = scale * x_0 + std * xi has argmax(w) distributed as q at some alpha(gamma), and
     gamma is linear in t between the values where alpha is alpha_max and alpha_min.
     """
-    alpha, schedule = staticmethod(log_linear), "linear"
+    alpha = staticmethod(log_linear)
 
     def __init__(self, vocab_size, alpha_max=0.999, alpha_min=1e-3):
         self.vocab_size = self.K = vocab_size
@@ -250,20 +250,20 @@ def duo_loss(net, process, x_0, rng, soft=False, t=None):
     h = net.hidden(x_in, -a.log())
     L, rows = x_0.shape[1], (to_device(x, h.device).flatten() for x in (x_0, z))
     return per_row(hard_nelbo, process.K, (net,), h.flatten(0, 1), *rows, rows_of(a, L, h.device),
-                   rows_of(dalpha, L, h.device)).mean()
+                   rows_of(dalpha, L, h.device), process.K).mean()
 
 
-def hard_nelbo(logits_f, x, z, a, dalpha):                 # (N, K), (N,) x2, (N, 1) x2 -> (N,)
+def hard_nelbo(logits_f, x, z, a, dalpha, K=None):         # (N, K), (N,) x2, (N, 1) x2 -> (N,)
     """`uniform_nelbo` for the one-hot target x, with the target's sums written out.
 
     xbar is K a + 1 - a at x and b = 1 - a elsewhere, so only fbar's log runs over the vocabulary.
     """
-    K, b = logits_f.shape[-1], 1 - a
+    K, b = K or logits_f.shape[-1], 1 - a
     fbar = K * a * upcast(logits_f).softmax(-1) + b
     fbar_z, fbar_x = entry(fbar, z), entry(fbar, x)
     top, hit = K * a + b, (x == z)[:, None]
     xbar_z = torch.where(hit, top, b)
-    cross = b * (fbar_z.log() * K - fbar.log().sum(-1, keepdim=True)) \
+    cross = b * ((fbar_z / b).log() * K - (fbar / b).log().sum(-1, keepdim=True)) \
         + K * a * (fbar_z.log() - fbar_x.log())            # sum_v xbar_v log(fbar_z / fbar_v)
     own = top * top.log() + (K - 1) * b * b.log() - K * xbar_z.log()   # ... log(xbar_v / xbar_z)
     return (-dalpha / (K * a) * ((cross + own) / xbar_z - K / xbar_z + K / fbar_z))[:, 0]

@@ -106,7 +106,7 @@ def parse_args(argv=None):
     # the method
     add("--pairing", choices=("independent", "matched"),
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
-             "default: matched if masked (README says why), else independent")
+             "default: matched, but independent for uniform characters (README says why)")
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
@@ -145,7 +145,6 @@ def parse_args(argv=None):
         raise BadInput(f"--uniform_update {args.uniform_update}: use hard, marginal or soft, or of "
                        "the first two, say, hard:weighed")
     args.uniform_update, args.own_token = update.groups()
-    args.pairing = args.pairing or ("matched" if args.process == "mdlm" else "independent")
     args.device = pick_device(args.device)
     args.preset = args.preset or ("gpu" if args.device.type == "cuda" else "laptop")
     args.out = Path(args.out or f"out/{args.process}")
@@ -189,6 +188,8 @@ def settings_of(args, stage):
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
+    s.pairing = s.pairing or ("independent" if (s.process, s.tokenizer) == ("duo", "char")
+                              else "matched")
     s.weights = torch.float64 if s.dtype == "float64" else torch.float32
     # No cache: before torch 2.13 a weight first cast under no_grad stays without gradient in it.
     s.autocast = torch.autocast(s.device.type, dtype=torch.bfloat16, cache_enabled=False,

@@ -49,11 +49,9 @@ def load(runs, run):                                       # -> net, meta
 def describe(run):
     """What a run's name says: mdlm__teacher, duo__idlm__dcd__hard__1, mdlm__knob__lr__1e-4__1"""
     process, model, *rest = run.split("__")
-    if model == "knob":                                    # of the uniform process: KNOB.UPDATE
-        knob, _, update = rest[0].partition(".")
-        knob = f"uniform {knob}" if process == "duo" else knob
-        return dict(process=process, model="idlm", start="teacher", knob=knob, value=rest[1],
-                    **{"update": update} if update else {})
+    if model == "knob":
+        knob = f"uniform {rest[0]}" if process == "duo" else rest[0]
+        return dict(process=process, model="idlm", knob=knob, value=rest[1])
     names = dict(zip(("start", "update"), rest[:-1]))      # the last one is the seed
     return dict(process=process, model=model, **names)
 

@@ -9,16 +9,16 @@
 #   OUT_DIR  runs, one folder each; its log/NAME.txt is what NAME printed
 #   NAME     of the records: results/NAME.json, novels if not given
 #   PARTS    of masked, uniform, tune (uniform knobs), knobs (of the masked generators)
-#   UPDATES  of a masked generator; KNOB, TUNE: of one whose knobs are turned, masked and uniform;
-#            UNIFORM, RATE, FAKE, UBATCH, UFLAGS: updates, the two learning rates, batch and further
-#            flags of a uniform one; HEAD: start__update of that with every seed
+#   UPDATES  of a masked generator; UNIFORM, RATE, FAKE, UBATCH, UFLAGS: updates, the two learning
+#            rates, batch and further flags of a uniform one; HEAD: start__update of that with every
+#            seed; KNOB, TUNE: updates of those whose knobs are turned, masked and uniform
 set -uf -o pipefail                    # no globbing: $NOVELS goes to Python as it is
 cd "$(dirname "$0")/.."
 NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-3600}
-UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-600} RATE=${RATE:-3e-5} FAKE=${FAKE:-3e-4}
-UBATCH=${UBATCH:-32} UFLAGS=${UFLAGS:-} TUNE=${TUNE:-600}
+UPDATES=${UPDATES:-800} UNIFORM=${UNIFORM:-2000} RATE=${RATE:-1e-4} FAKE=${FAKE:-3e-4}
+UBATCH=${UBATCH:-64} UFLAGS=${UFLAGS:-} TUNE=${TUNE:-600}
 MASKED=${MASKED:-7000} DUO=${DUO:-4500} JUDGE=${JUDGE:-3000} DCD=${DCD:-1000} KNOB=${KNOB:-400}
-PARTS=${PARTS:-masked uniform tune knobs} HEAD=${HEAD:-teacher__hard}
+PARTS=${PARTS:-masked uniform tune knobs} HEAD=${HEAD:-dcd__hard}
 NET="--tokenizer gpt2 --block_size 256 --size 8x6x384 --preset gpu"
 TEXTS=512 KNOB_TEXTS=256 SEEDS="1 2 3" KNOB_SEEDS="1 2"
 BATCH=64 MORE=3000 FEWER=100 FASTER=1
@@ -165,21 +165,20 @@ uniforms() {                           # each start and update once, HEAD with e
         duo__teacher duo__idlm__${HEAD}__1
 }
 
-tune() {                               # of a uniform generator: KNOB.UPDATE VALUE flags
+tune() {                               # of a uniform generator: KNOB VALUE flags, one step off
     try() {
-        uniform duo__knob__$1__$2__1 duo__teacher 1 60 $TUNE "$FEW --ending greedy" \
-            --init_from $duo --uniform_update ${1#*.} "${@:3}"
+        uniform duo__knob__$1__$2__1 duo__${start:-teacher} 1 60 $TUNE "$FEW $BOTH" \
+            --init_from $duo ${from:-} --uniform_update hard $UFLAGS "${@:3}"
     }
-    try base.hard base
-    try pairing.hard matched --pairing matched
-    try lr.hard 1e-4 --lr 1e-4
-    try pairing_lr.hard matched_1e-4 --pairing matched --lr 1e-4
-    try base.marginal base
-    try pairing.marginal matched --pairing matched
-    try own_token.hard ignored --uniform_update hard:ignored
-    try lr.marginal 1e-4 --lr 1e-4
-    try fake_updates.hard 2 --fake_updates 2
-    try lr.hard 1e-5 --lr 1e-5
+    try base base
+    start=dcd from=$dcd try start dcd
+    try update marginal --uniform_update marginal
+    try update soft --uniform_update soft
+    try pairing independent --pairing independent
+    try own_token ignored --uniform_update hard:ignored
+    try lr 3e-5 --lr 3e-5
+    try lr 3e-4 --lr 3e-4
+    try fake_updates 2 --fake_updates 2
 }
 
 knob() {                               # NAME VALUE seed seconds flags: one step off the base setting

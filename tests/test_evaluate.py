@@ -270,7 +270,7 @@ def test_ngram_knows_english(data):
 def ramp(data, spread):
     """A stand-in for generator.sample: real text in which the share `spread(temperature)` of the
     characters is replaced by ones drawn evenly, so entropy and perplexity rise with temperature."""
-    def sample(net, process, n, length, steps, rng, temperature, ending):
+    def sample(net, process, n, length, steps, rng, temperature, ending, schedule):
         x = data.batch("train", n, rng)
         noise = torch.rand(x.shape, generator=rng) < spread(temperature)
         x = torch.where(noise, torch.randint(data.K, x.shape, generator=rng), x)
@@ -298,9 +298,9 @@ def test_records_of_a_sweep(data, monkeypatch):
     nets = {"noisy": (tiny(5), Masked(data.K + 1), ["ancestral"])}
 
     def run(*temperatures):
-        def sample(net, process, n, length, steps, rng, temperature, ending):
+        def sample(net, process, n, length, steps, rng, temperature, ending, schedule):
             found = ramp(data, lambda t: max(0, t - 0.9))(net, process, n, length, steps, rng,
-                                                          temperature, ending)
+                                                          temperature, ending, schedule)
             if temperature < 0.9:                          # less variety than held-out text
                 found.tokens[:, L // 2:] = found.tokens[:, :L // 2]
             return found
@@ -335,7 +335,7 @@ def test_gradient_moment_sees_what_is_real(data, monkeypatch):
     """Real text against other real text: around 0; characters drawn evenly: well above."""
     net = tiny(data.K, causal=True)
 
-    def sample(net, process, n, length, steps, rng, temperature, ending):
+    def sample(net, process, n, length, steps, rng, temperature, ending, schedule):
         x = data.batch("val", n, rng)
         x = x if steps == 1 else torch.randint(data.K, x.shape, generator=rng)
         return Sample(x, torch.full((n,), steps))

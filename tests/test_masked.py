@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import idlm_loss
-from generator import draw_latent
+from generator import draw, draw_latent, greedy_end, uniform_step
 from idlm_loss import (masked_fake_loss, masked_gap, masked_generator_loss, per_row,
                        renoise_masked, soft_cross_entropy)
 from model import DiT, ModelConfig
-from teacher import EPS, Masked, hard_nelbo, mdlm_loss, stratified_times
+from teacher import EPS, Masked, hard_nelbo, kl, mdlm_loss, stratified_times
 
 K, B, L = 7, 5, 6
 PROCESS = Masked(K + 1)
@@ -206,6 +206,76 @@ def test_compiled_formulas_are_the_eager_ones(formula, nets, rng):
     found, expected = compiled(*logits, *others), formula(*logits, *others)
     assert_same([found], [expected])
     assert_same(torch.autograd.grad(found.sum(), logits), torch.autograd.grad(expected.sum(), logits))
+
+
+class Wide:
+    """48 logits a row, of which the first 41 are of words: compiled rows are not cut to them."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def project(self, h):
+        return h @ self.w
+
+
+def row_formulas():
+    """name: (formula, number of networks, other arguments) for 6 rows of 41 words"""
+    rng, K = torch.Generator().manual_seed(3), 41
+    x, z, own = torch.randint(K, (3, 6), generator=rng)
+    a, u, v = torch.rand(3, 6, generator=rng, dtype=torch.float64)
+    a = a[:, None]
+    nelbo = z, a, -a, K
+    xi = torch.randn(6, K, generator=rng, dtype=torch.float64)
+    return {
+        "cross_entropy": (idlm_loss.cross_entropy, 1, (x,)),
+        "soft_cross_entropy": (idlm_loss.soft_cross_entropy, 2, ()),
+        "masked_gap": (masked_gap, 3, ()), "kl": (kl, 2, ()),
+        "uniform_nelbo": (idlm_loss.uniform_nelbo, 2, nelbo),
+        "hard_gap": (idlm_loss.hard_gap, 3, nelbo),
+        "marginal_gap": (idlm_loss.marginal_gap, 3, nelbo),
+        "weighed": (idlm_loss.weighing(idlm_loss.hard_gap), 3, (*nelbo, own, 9 * a)),
+        "weighed_fake": (idlm_loss.weighing(idlm_loss.uniform_nelbo, 1), 2, (*nelbo, own, 9 * a)),
+        "hard_nelbo": (hard_nelbo, 1, (x, *nelbo)),
+        "sample_categorical": (idlm_loss.sample_categorical, 1, (u,)),
+        "draw": (draw, 1, (u, torch.tensor(0.7), 0.8)),
+        "uniform_step": (uniform_step, 1, (z, u, v, torch.tensor(0.3), torch.tensor(0.6),
+                                           torch.tensor(0.7), 1.0, K)),
+        "greedy_end": (greedy_end, 1, (z, torch.tensor(0.3), False, torch.tensor(0.7), 1.0, K)),
+        "noisy_top": (idlm_loss.noisy_top, 1, (xi, a, 1 - a, 5)),
+        "state_weights": (idlm_loss.state_weights, 1, (x[:, None], xi[:, :1], a, 1e-1)),
+    }
+
+
+@pytest.mark.parametrize("name", row_formulas())
+def test_rows_longer_than_the_vocabulary(name, rng):
+    """Compiled rows keep their 48 entries, eager ones are cut to the 41 words: the same values and
+    gradients, by every formula, however likely the other 7 seem."""
+    formula, n, others = row_formulas()[name]
+    weights = [torch.randn(5, 48, generator=rng, dtype=torch.float64) for _ in range(n)]
+    for w in weights:
+        w[:, 41:] += 5
+        w.requires_grad_()
+    nets, h = [*map(Wide, weights)], [torch.randn(6, 5, generator=rng, dtype=torch.float64)] * n
+    widths = []
+
+    def formula_and_width(*args):
+        widths.append(args[0].shape[1])
+        return formula(*args)
+
+    torch._dynamo.reset()
+    run = torch.compile(idlm_loss.on_logits, backend="aot_eager")
+    found = run(formula_and_width, 41, nets, *h, *others)
+    expected = idlm_loss.on_logits(formula_and_width, 41, nets, *h, *others)
+    assert set(widths) == {48, 41}
+    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    for one, two in zip(found, expected, strict=True):
+        if not one.is_floating_point():
+            assert torch.equal(one, two)
+            continue
+        assert_same([one], [two])
+        if one.requires_grad:
+            assert_same(torch.autograd.grad(one.sum(), weights, retain_graph=True),
+                        torch.autograd.grad(two.sum(), weights, retain_graph=True))
 
 
 @pytest.mark.parametrize("x_tilde, masked",

@@ -350,7 +350,11 @@ def test_times(finished, monkeypatch):
     assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in apart) < 16
     full = sum((t_tilde == 1).sum() for (_, t_tilde) in gaussian[::2])
     assert 29 < full < 99 and not any((t_tilde == 1).any() for _, t_tilde in apart)
-    assert train.parse_args(["--process", "duo"]).pairing == "independent"
+    for flags, pairing in (([], "matched"), (["--process", "duo"], "independent"),
+                           (["--process", "duo", "--tokenizer", "gpt2"], "matched"),
+                           (["--process", "duo", "--pairing", "matched"], "matched")):
+        args = train.parse_args(["--preset", "laptop", *flags])
+        assert train.settings_of(args, "idlm").pairing == pairing
 
 
 def test_dimension_and_scale_of_the_latent(teachers):
