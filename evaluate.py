@@ -44,7 +44,7 @@ METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngr
 STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
 MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
 # Columns of the table on the terminal, and of the README's from results/NAME.json: those records
-# that have none of these keys, or for NAME.KEY those that have KEY
+# that have none of these keys, or for NAME.KEY those that have KEY alone of them
 VIEWS = {"extra", "knob", "row_entropy", "held_out_nll"}
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
@@ -53,9 +53,11 @@ TABLES = {
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
     "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
-    "novels_uniform": "model start update sampler steps gen_ppl_matched gen_ppl entropy "
+    "novels_matched": "model start update sampler steps gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
-    "novels_uniform.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
+    "novels_knobs": "model schedule steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
+    "novels_knobs.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
+    "novels_uniform.knob": "knob value steps gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
@@ -405,7 +407,7 @@ def rewrite_tables(readme="README.md", results="results"):
         begin, name, end = match.groups()
         file, _, key = name.partition(".")
         records = load_records(Path(results, file + ".json"))
-        rows = average([r for r in records if (key in r if key else not VIEWS & r.keys())])
+        rows = average([r for r in records if VIEWS & r.keys() == {key} - {""}])
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
             rows = [r for r in rows if r.get("temperature") in (None, 1)]
         runs = {r["runs"] for r in rows if not r.get("real")} or {1}
@@ -428,7 +430,7 @@ def plot(records, folder="assets"):
     if not (real := [r for r in rows if r.get("real")]) or len(real) == len(rows):
         raise BadInput("there is no gen_ppl to plot: evaluate with a judge first")
     matched = any(r.get("gen_ppl_matched") for r in rows)
-    mixed = len({r.get("schedule") for r in rows if r not in real}) > 1
+    mixed = len({r.get("schedule", "linear") for r in rows if r not in real}) > 1
     for name, x, y in (("quality_vs_passes", "passes", "gen_ppl" + "_matched" * matched),
                        ("frontier", "entropy", "gen_ppl")):
         figure, lines, colors = Figure((6.5, 4.2), dpi=180, layout="constrained"), {}, {}
@@ -437,7 +439,7 @@ def plot(records, folder="assets"):
             if r not in real and r.get(y) and (x == "entropy" or r["temperature"] == 1):
                 how = " ".join(str(r[k]) for k in ("start", "update") if r.get(k))
                 line = f"{r['process']} {r['model']} {how}, {r['sampler']}".replace(" ,", ",")
-                line += f", {r['schedule']} steps" * mixed
+                line += f", {r.get('schedule', 'linear')} steps" * mixed
                 line = line, r["steps"] * (x == "entropy")
                 lines.setdefault(line, []).append(r)
         for (model, steps), line in lines.items():

@@ -163,7 +163,8 @@ def merge(runs, novels):
                               if r["process"] == "duo" else "mdlm__teacher"}
                     r["teacher_seconds"] = sum(stages_of(runs, stage)[0] for stage in stages)
                 ending = "ancestral" if r["process"] == "mdlm" or r["steps"] > 64 else "greedy"
-                shown = SHOWN[r["process"], r["model"]] if r["sampler"] == ending else ()
+                shown = SHOWN[r["process"], r["model"]] if r["sampler"] == ending \
+                    and r["schedule"] == "linear" else ()
                 records.append(r | ({} if "knob" in r or r["steps"] in shown else {"extra": True}))
     records.sort(key=lambda r: (
         "row_entropy" in r, "knob" in r, r["process"] == "duo", "teacher dcd idlm".find(r["model"]),
