@@ -55,10 +55,10 @@ def on_logits(formula, K, nets, *rows):
 
 
 def of_words(logits, K):                                   # (N, >= K) -> (N, K), or see below
-    """Compiled, rows of a whole number of 16 words stay as wide as they are: what is no word gets
-    the probability 0 (exp(-1e4), and no formula adds a 0 to a loss where it should not). Cut to
-    50,257, a kernel would load word by word instead of 16 bytes at once, at half the speed. Hence
-    the formulas' last argument K: their rows may be longer."""
+    """Compiled, rows of a multiple of 16 entries stay as wide as they are, and what is no word gets
+    probability 0, which adds nothing to any formula. Cut to 50,257, a kernel would load word by
+    word, not 16 bytes at once, at half the speed. Hence the formulas' argument K, the words of rows
+    that may be longer."""
     if not torch.compiler.is_compiling() or logits.shape[1] % 16:
         return logits[:, :K]
     return torch.where(torch.arange(logits.shape[1], device=logits.device) < K, logits, -1e4)
@@ -187,10 +187,10 @@ def soft_cross_entropy(logits_f, logits_g):                # (N, K), (N, K) -> (
     return logits_f.logsumexp(-1) - (upcast(logits_g).softmax(-1) * logits_f).sum(-1)
 
 
-def masked_gap(logits_g, logits_f, logits_t):              # -> (N,): <G, log f - log f*>
+def masked_gap(logits_g, logits_f, logits_t, beta=1.0):    # -> (N,): <G, beta log f - log f*>
     logits_f, logits_t = upcast(logits_f), upcast(logits_t)
-    mean = (upcast(logits_g).softmax(-1) * (logits_f - logits_t)).sum(-1)
-    return mean - logits_f.logsumexp(-1) + logits_t.logsumexp(-1)
+    mean = (upcast(logits_g).softmax(-1) * (beta * logits_f - logits_t)).sum(-1)
+    return mean - beta * logits_f.logsumexp(-1) + logits_t.logsumexp(-1)
 
 
 @torch.no_grad()
@@ -231,13 +231,17 @@ def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rn
 
 
 def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigma_fake, sigma,
-                          mask_id, rng):
+                          mask_id, rng, beta=1.0):
     """The gap NELBO(f*) - NELBO(f) on G, nats per token: the outer minimisation.
 
     Where x_tilde is visible G is a given token and its terms have no gradient: they are left out,
     so the value is the share of the gap that the generator can change. Its gradient in G's logits
     is -weight * G * (a - <G, a>) with a = log f* - log f; none runs through x_t, teacher or fake.
     Arguments as in `masked_fake_loss`; sigma: (B,) for the teacher.
+
+    beta > 1 counts the fake's bound, whose minimum is the entropy of p_theta, beta times:
+    KL(p_theta || p*) - (beta - 1) H(p_theta), minimal at p*^(1 / beta), normalised. A generator
+    that cannot be p* seeks its modes; beta holds it apart, at the price of too many rare words.
     """
     K = mask_id
     h_g = generator.hidden(*eps)
@@ -247,7 +251,7 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
         h_f = fake.hidden(x_t, sigma_fake).flatten(0, 1)[rows]
         h_t = teacher.hidden(x_t, sigma).flatten(0, 1)[rows]
     gap = per_row(masked_gap, K, (generator, frozen(fake), frozen(teacher)),
-                  h_g.flatten(0, 1)[rows], h_f, h_t)
+                  h_g.flatten(0, 1)[rows], h_f, h_t, beta)
     row_weight = rows_of(weight, is_masked.shape[1], gap.device)[rows, 0]
     return (row_weight * gap).sum() / is_masked.numel()
 

@@ -74,6 +74,7 @@ ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
 FULL_NOISE = 0.25                    # --latent gaussian: share of texts at t_tilde = 1, and smallest
 FULL_NOISE_T_MIN = 0.01              # t: their gap is large, and 1 / t would let the smallest t rule
+LATENT_BETA = 1.1                    # and beta of masked_generator_loss: one pass seeks modes
 CLIP = 1.0                           # gradient norm
 
 
@@ -274,8 +275,9 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
         noise = process.draw_mask(t, L, rng), process.weight(t), told
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
+        beta = LATENT_BETA if s.latent == "gaussian" else 1.0
         return idlm_loss.masked_generator_loss(net, fake, teacher, eps, *noise, process.sigma(t),
-                                               process.mask_id, rng)
+                                               process.mask_id, rng, beta)
     if soft:
         scale, std, a, dalpha = process.gaussian(t)
         noise, how, gap = (scale, std, a, dalpha, -a.log()), {}, {}

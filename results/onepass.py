@@ -59,11 +59,12 @@ from teacher import EPS, stratified_times
 BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
-            pairing="matched", batch=128, updates=1200)
+            pairing="matched", batch=128, updates=1200, beta=1.0)
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
-    "first": [TEACHER, {}, FREE, {"beside": "fresh"}, {"fake_updates": 2}, {"t_min": EPS},
+    "first": [TEACHER, {}, FREE, {"beta": 1.1}, {"beta": 1.1, "fake_updates": 2}, {"beta": 1.2},
+              {"beside": "fresh"}, {"fake_updates": 2}, {"t_min": EPS},
               {"pairing": "independent"}, {"share": 0.5}, {"dropout": 0.0}, {"scale": 3.0},
               {"where": "embedding+adaLN"}, {"told": "none"}, {"share": 0.1}, {"share": 1.0},
               {"where": "tokens"}, {"lr": 2e-4, "fake_lr": 4e-4}],
@@ -143,7 +144,7 @@ class Network(DiT):
 
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
-    train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
+    train.CLIP, train.FULL_NOISE, train.LATENT_BETA = run["clip"], run["share"], run["beta"]
     train.stratified_times = lambda B, rng, _: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
@@ -183,7 +184,7 @@ def variant_of(run):
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "share", "beside", "told", "start",
-             "t_min"] * (run["latent"] == "state")
+             "t_min", "beta"] * (run["latent"] == "state")
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
 

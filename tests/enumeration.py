@@ -99,9 +99,10 @@ def exact_nelbo(process, law_for_rows, L, times):          # -> (K^L,): nats per
                for t, w in times)
 
 
-def exact_gap(process, p, p_star, L, times):               # -> (): nats per text, differentiable
-    """L(f*, p) - min_f L(f, p), with f* and f the best denoisers of p* and of p."""
-    return (p * (exact_nelbo(process, p_star, L, times) - exact_nelbo(process, p, L, times))).sum()
+def exact_gap(process, p, p_star, L, times, beta=1.0):     # -> (): nats per text, differentiable
+    """L(f*, p) - beta min_f L(f, p), with f* and f the best denoisers of p* and of p."""
+    return (p * (exact_nelbo(process, p_star, L, times)
+                 - beta * exact_nelbo(process, p, L, times))).sum()
 
 
 def kl(p, q):

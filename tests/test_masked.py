@@ -106,18 +106,18 @@ def test_fake_loss_is_the_dense_formula(chunk, rng, monkeypatch):
     assert_same(gradients(loss, fake), gradients(dense, fake))
 
 
-@chunked
-def test_generator_loss_is_the_dense_formula(chunk, rng, monkeypatch):
+@pytest.mark.parametrize("chunk, beta", [(2 ** 27, 1.0), (3 * K, 1.0), (1, 1.0), (3 * K, 1.2)])
+def test_generator_loss_is_the_dense_formula(chunk, beta, rng, monkeypatch):
     """The value is the dense gap at positions masked in x_tilde too, the gradient that of all of
-    it: where x_tilde is visible G is constant."""
+    it: where x_tilde is visible G is constant. beta counts the fake's part."""
     monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", chunk)
     generator, fake, teacher, eps, is_masked, weight, sigma_fake = set_up(rng, latent_dim=3)
     sigma, shown = torch.zeros(B), Recorded(fake)
     loss = masked_generator_loss(generator, shown, teacher, eps, is_masked, weight, sigma_fake,
-                                 sigma, MASK, rng)
+                                 sigma, MASK, rng, *[beta] * (beta != 1))
     x_t, G = shown.seen[0], dense_rows(generator, eps)
     gap = (dense_nelbo(teacher, x_t, sigma, G, weight)
-           - dense_nelbo(fake, x_t, sigma_fake, G, weight))
+           - beta * dense_nelbo(fake, x_t, sigma_fake, G, weight))
     assert_same([loss], [gap[eps.x == MASK].sum() / (B * L)])
     expected = gradients(gap.mean(), generator)
     assert_same(gradients(loss, generator), expected)
@@ -229,7 +229,7 @@ def row_formulas():
     return {
         "cross_entropy": (idlm_loss.cross_entropy, 1, (x,)),
         "soft_cross_entropy": (idlm_loss.soft_cross_entropy, 2, ()),
-        "masked_gap": (masked_gap, 3, ()), "kl": (kl, 2, ()),
+        "masked_gap": (masked_gap, 3, (1.1,)), "kl": (kl, 2, ()),
         "uniform_nelbo": (idlm_loss.uniform_nelbo, 2, nelbo),
         "hard_gap": (idlm_loss.hard_gap, 3, nelbo),
         "marginal_gap": (idlm_loss.marginal_gap, 3, nelbo),

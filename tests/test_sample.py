@@ -2,6 +2,7 @@
 
     python -m pytest -q tests/test_sample.py
 """
+import json
 import re
 import runpy
 import shutil
@@ -119,6 +120,19 @@ def test_settings_reach_the_sampler(capsys, monkeypatch):
     write(capsys)
     assert seen == [(2, 8, 2, 0.7, 0.5, "ancestral", "cosine"),
                     (1, L, 16, 1.0, 1.0, "greedy", "linear")]
+
+
+def test_a_model_may_say_its_schedule(capsys, monkeypatch):
+    """config.json's word counts, unless --schedule says otherwise."""
+    sample.main(["--export", "said"])
+    stated = json.loads(Path("said/config.json").read_text())
+    Path("said/config.json").write_text(json.dumps(stated | {"schedule": "cosine"}))
+    seen, inner = [], sample.sample
+    monkeypatch.setattr(sample, "sample", lambda *args, **how: seen.append(how["schedule"]) or
+                        inner(*args, **how))
+    write(capsys, "--init_from", "said")
+    write(capsys, "--init_from", "said", "--schedule", "linear")
+    assert seen == ["cosine", "linear"]
 
 
 def test_watch(capsys):
