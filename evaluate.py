@@ -67,11 +67,12 @@ TABLES = {
     "updates": "update steps gen_ppl_matched gen_ppl entropy known_words",
     "own_token": "words update own_token steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
-    "schedule": "model schedule steps passes gen_ppl entropy known_words",
+    "schedule": "model judge schedule steps passes gen_ppl_matched gen_ppl entropy known_words",
+    "beta": "latent beta steps gen_ppl_matched gen_ppl entropy known_words",
     "toy": "data process model latent passes validity js kl",
     "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
-SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde"}   # no results
+SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde", "beta"}  # no results
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
 

@@ -277,7 +277,7 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
         beta = LATENT_BETA if s.latent == "gaussian" else 1.0
         return idlm_loss.masked_generator_loss(net, fake, teacher, eps, *noise, process.sigma(t),
-                                               process.mask_id, rng, beta)
+                                               process.mask_id, rng, beta=beta)
     if soft:
         scale, std, a, dalpha = process.gaussian(t)
         noise, how, gap = (scale, std, a, dalpha, -a.log()), {}, {}

@@ -32,7 +32,8 @@ from data import TextData  # noqa: E402
 from generator import draw_latent, sample  # noqa: E402
 from idlm_loss import flat_rows, per_row, upcast  # noqa: E402
 
-KEEP = {"sampler", "schedule", "steps", "passes", "temperature", "n_texts", "seconds", "process", "model"} | {
+KEEP = {"sampler", "schedule", "steps", "passes", "temperature", "n_texts", "seconds", "process",
+        "model"} | {
     name + ci for name in ("gen_ppl", "gen_ppl_matched", "entropy", "distinct4", "gm")
     for ci in ("", "_ci")} | evaluate.PROVENANCE
 # The rows of README's table at most; the others carry "extra" and stand in novels.json alone

@@ -108,7 +108,8 @@ run_jobs() {
 
 # ---- what there is to do -------------------------------------------------------------------------
 
-BOTH="--ending ancestral greedy" TIMES="--schedule linear cosine" ALL="--metrics gen_ppl entropy distinct4 gm --num_texts $TEXTS"
+BOTH="--ending ancestral greedy" TIMES="--schedule linear cosine"
+ALL="--metrics gen_ppl entropy distinct4 gm --num_texts $TEXTS"
 FEW="--metrics gen_ppl entropy distinct4 --num_texts $KNOB_TEXTS --steps 4 16"
 many="--steps 1024" middle="--steps 256" masked="--steps 256 512 1024"
 [ "${TINY:-}" ] && many="--steps 9" middle="--steps 6" masked="--steps 5 7"

@@ -172,7 +172,7 @@ def patch(run, start=None):
         fake, gap = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
         tell = say[run["told"]]
         idlm_loss.masked_fake_loss = lambda *a: fake(*a[:5], tell(a[5]), *a[6:])
-        idlm_loss.masked_generator_loss = lambda *a: gap(*a[:6], tell(a[6]), *a[7:])
+        idlm_loss.masked_generator_loss = lambda *a, **how: gap(*a[:6], tell(a[6]), *a[7:], **how)
 
 
 # ---- one run ------------------------------------------------------------------------------------

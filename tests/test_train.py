@@ -417,6 +417,8 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
             told = -(1 - (1 - EPS) * t_tilde).log() if "gaussian" in process else 0 * t
             assert torch.allclose(noise[2], told)
             assert "fake" in name or not noise[3].any()
+            beta = train.LATENT_BETA if "gaussian" in process else 1
+            assert how == ({"beta": beta} if "generator" in name else {})
             masked = noise[0].float().mean(1)
             assert masked[t.argmax()] > masked[t.argmin()]
         elif loss == "uniform":
