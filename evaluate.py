@@ -66,6 +66,7 @@ TABLES = {
     "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",
     "updates": "update steps gen_ppl_matched gen_ppl entropy known_words",
     "own_token": "words update own_token steps gen_ppl_matched gen_ppl entropy known_words",
+    "pairing_steps": "pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "schedule": "model judge schedule steps passes gen_ppl_matched gen_ppl entropy known_words",
     "beta": "latent beta steps gen_ppl_matched gen_ppl entropy known_words",

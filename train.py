@@ -105,9 +105,10 @@ def parse_args(argv=None):
     add("--fake_updates", type=int, default=1, help="idlm: per generator update")
     add("--ema", type=float, help="decay of the averaged weights that sampling uses")
     # the method
-    add("--pairing", choices=("independent", "matched"),
+    add("--pairing", metavar="{independent,matched}[:STEPS]",
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
-             "default: matched, but independent for uniform characters (README says why)")
+             "default: matched, but independent for uniform characters (README says why).\n"
+             "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits")
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
@@ -146,6 +147,10 @@ def parse_args(argv=None):
         raise BadInput(f"--uniform_update {args.uniform_update}: use hard, marginal or soft, or of "
                        "the first two, say, hard:weighed")
     args.uniform_update, args.own_token = update.groups()
+    pairing = re.fullmatch(r"(?:(independent|matched)(?::([1-9]\d*))?)?", args.pairing or "")
+    if not pairing:
+        raise BadInput(f"--pairing {args.pairing}: use independent or matched, or, say, matched:4")
+    args.pairing, args.grid = pairing[1], int(pairing[2] or 0)
     args.device = pick_device(args.device)
     args.preset = args.preset or ("gpu" if args.device.type == "cuda" else "laptop")
     args.out = Path(args.out or f"out/{args.process}")
@@ -377,6 +382,8 @@ def run_stage(args, stage, data):
         t, t_tilde = (stratified_times(s.batch_size, rng, t_min) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
+        if s.grid:
+            t_tilde = (t_tilde * s.grid).ceil() / s.grid
         if config.latent_dim:
             t_tilde[torch.rand(s.batch_size, generator=rng) < FULL_NOISE] = 1.0
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))

@@ -176,6 +176,7 @@ tune() {                               # of a uniform generator: KNOB VALUE flag
     try update marginal --uniform_update marginal
     try update soft --uniform_update soft
     try pairing independent --pairing independent
+    try pairing matched_4 --pairing matched:4
     try own_token ignored --uniform_update hard:ignored
     try lr 3e-5 --lr 3e-5
     try lr 3e-4 --lr 3e-4

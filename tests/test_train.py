@@ -335,18 +335,21 @@ def test_times(finished, monkeypatch):
     Of 256 texts 64 +- 35 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
     of 64 within one slice of their place: 16 or more have odds 2e-10."""
     times = {}
-    for how in ("", "--pairing independent", "--latent gaussian --pairing independent"):
+    for how in ("", "--pairing matched:4", "--pairing independent",
+                "--latent gaussian --pairing independent"):
         shutil.copytree(finished, "out")
         times[how] = [(t, t_tilde) for _, _, t, t_tilde, *_ in recorded_batches(
             monkeypatch, f"--stage idlm --updates 4 --batch_size 64 --micro_batch 64 {how}")]
         first = 0.01 if "gaussian" in how else EPS
         for t, _ in times[how]:
             assert torch.equal(((t - first) / (1 - first) * 64 + 1e-5).floor(), torch.arange(64.))
-    matched, apart, gaussian = times.values()
+    matched, grid, apart, gaussian = times.values()
     (_, _, t, *_), = recorded_batches(monkeypatch, "--stage teacher --latent gaussian --updates 1 "
                                       "--batch_size 64 --micro_batch 64")
     assert torch.equal(((t - EPS) / (1 - EPS) * 64 + 1e-5).floor(), torch.arange(64.))
     assert all((t - t_tilde).abs().max() < 1 / 64 for t, t_tilde in matched)
+    assert {x.item() for _, t_tilde in grid for x in t_tilde} == {0.25, 0.5, 0.75, 1}
+    assert all((t_tilde - t).max() < 0.27 and (t - t_tilde).max() < 1 / 64 for t, t_tilde in grid)
     assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in apart) < 16
     full = sum((t_tilde == 1).sum() for (_, t_tilde) in gaussian[::2])
     assert 29 < full < 99 and not any((t_tilde == 1).any() for _, t_tilde in apart)
@@ -794,6 +797,8 @@ def test_device_of_a_process(monkeypatch):
     ("--process duo --latent gaussian", "--latent gaussian is for the masked process"),
     ("--latent noise", "--latent noise: use state, gaussian or"),
     ("--uniform_update gentle", "--uniform_update gentle: use hard, marginal or"),
+    ("--pairing none", "--pairing none: use independent or matched"),
+    ("--pairing matched:0", "--pairing matched:0: use independent or matched"),
     ("--latent gaussian:0", "--latent gaussian:0: use state"),
     ("--latent state:8", "--latent state:8: use state"),
     ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),
@@ -854,7 +859,7 @@ def test_unknown_cuda_is_refused():
 
 @pytest.mark.parametrize("flags", ["--process sedd", "--stage student", "--preset huge",
                                    "--tokenizer bert", "--dtype int8",
-                                   "--pairing none", "--updates many", "--max 1"])
+                                   "--updates many", "--max 1"])
 def test_unknown_flag_values(flags, capsys):
     with pytest.raises(SystemExit) as error:
         run(flags)
