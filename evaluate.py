@@ -73,7 +73,8 @@ TABLES = {
     "toy": "data process model latent passes validity js kl",
     "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
-SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde", "beta"}  # no results
+# Numbers that are no results, so that runs which differ in one are told apart
+SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde", "beta"}
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
 
@@ -244,7 +245,8 @@ def find_judge(name, data, device, out, meta):
             raise BadInput(f"{path} cannot judge this text: it is a {found['process']} model, or "
                            f"of another tokenizer; train one on {meta['data']} with --stage judge")
         return neural_judge(
-            device, lambda x: (h := net.hidden(x, torch.zeros(len(x))), net.project(h)[..., :data.K]),
+            device,
+            lambda x: (h := net.hidden(x, torch.zeros(len(x))), net.project(h)[..., :data.K]),
             list, data.tokenizer.decode)
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -268,7 +270,7 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                     metrics=METRICS, mauve=False, judge_name=None, schedules=("linear",)):
     """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
     temperatures: by default 1, then 0.2 hotter or 0.1 colder until the curve of each setting has
-    the entropy of held-out text well inside, at most 6."""
+    the entropy of held-out text well inside, at most 6. schedules: see generator.step_times."""
     if unknown := set(metrics) - set(METRICS):
         raise BadInput(f"--metrics {' '.join(unknown)}: unknown, choose from {' '.join(METRICS)}")
     L, n_real = data.block_size, min(num_texts, len(data.val) // data.block_size // 2)
@@ -331,9 +333,8 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                                      ending=sampler, schedule=schedule)
             curve.append(measure(
                 tokens.numpy(), seconds=time.time() - began, model=name, sampler=sampler, steps=n,
-                schedule=schedule,
-                process="mdlm" if isinstance(process, Masked) else "duo", real=False,
-                passes=nfe.double().mean().item(), temperature=temperature,
+                schedule=schedule, process="mdlm" if isinstance(process, Masked) else "duo",
+                real=False, passes=nfe.double().mean().item(), temperature=temperature,
                 dtype="bfloat16" if half else "float32"))
             if judge and not temperatures:
                 todo += next_temperature(todo, [r["entropy"] for r, _ in curve], target)

@@ -111,7 +111,7 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
     return sample_categorical(warp(logits, temperature, top_p), u)
 
 
-def step_times(steps, schedule="linear"):                  # -> [1, ..., 0], steps + 1 times
+def step_times(steps, schedule):                           # -> [1, ..., 0], steps + 1 times
     """linear: equal steps, as published. cosine (MaskGIT, arXiv 2202.04200): small ones first, as
     long as there are few words for the next ones to go by; t = cos(pi/2 i / steps)."""
     if schedule not in ("linear", "cosine"):

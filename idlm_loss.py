@@ -56,9 +56,9 @@ def on_logits(formula, K, nets, *rows):
 
 def of_words(logits, K):                                   # (N, >= K) -> (N, K), or see below
     """Compiled, rows of a multiple of 16 entries stay as wide as they are, and what is no word gets
-    probability 0, which adds nothing to any formula. Cut to 50,257, a kernel would load word by
-    word, not 16 bytes at once, at half the speed. Hence the formulas' argument K, the words of rows
-    that may be longer."""
+    probability 0, which adds nothing to any formula. Cut to 50,257 the kernels take up to twice as
+    long: their loads do not come in whole 16 bytes. Hence the formulas' argument K, the words of
+    rows that may be longer."""
     if not torch.compiler.is_compiling() or logits.shape[1] % 16:
         return logits[:, :K]
     return torch.where(torch.arange(logits.shape[1], device=logits.device) < K, logits, -1e4)

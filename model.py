@@ -139,7 +139,7 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         qkv = self.attn_qkv(modulate(self.norm1(x), shift1, scale1))             # (B, L, 3D)
         qkv = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)       # (3, B, H, L, d)
-        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]                            # both in one kernel
+        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]
         if cache is not None:                            # a causal model writing token by token
             k, v, visible = cache(k, v)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)

@@ -52,7 +52,8 @@ def describe(run):
     process, model, *rest = run.split("__")
     if model == "knob":
         knob = f"uniform {rest[0]}" if process == "duo" else rest[0]
-        return dict(process=process, model="idlm", knob=knob, value=rest[1])
+        start = {"start": rest[1]} if rest[0] == "start" else {}         # which took its own time
+        return dict(process=process, model="idlm", knob=knob, value=rest[1], **start)
     names = dict(zip(("start", "update"), rest[:-1]))      # the last one is the seed
     return dict(process=process, model=model, **names)
 

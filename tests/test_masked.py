@@ -114,7 +114,7 @@ def test_generator_loss_is_the_dense_formula(chunk, beta, rng, monkeypatch):
     generator, fake, teacher, eps, is_masked, weight, sigma_fake = set_up(rng, latent_dim=3)
     sigma, shown = torch.zeros(B), Recorded(fake)
     loss = masked_generator_loss(generator, shown, teacher, eps, is_masked, weight, sigma_fake,
-                                 sigma, MASK, rng, *[beta] * (beta != 1))
+                                 sigma, MASK, rng, beta=beta)
     x_t, G = shown.seen[0], dense_rows(generator, eps)
     gap = (dense_nelbo(teacher, x_t, sigma, G, weight)
            - beta * dense_nelbo(fake, x_t, sigma_fake, G, weight))
