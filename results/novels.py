@@ -52,7 +52,8 @@ def describe(run):
     process, model, *rest = run.split("__")
     if model == "knob":
         knob = f"uniform {rest[0]}" if process == "duo" else rest[0]
-        start = {"start": rest[1]} if rest[0] == "start" else {}         # which took its own time
+        # a start that took its own time: start__dcd, update__soft_from_dcd
+        start = {"start": "dcd"} if process == "duo" and rest[1].endswith("dcd") else {}
         return dict(process=process, model="idlm", knob=knob, value=rest[1], **start)
     names = dict(zip(("start", "update"), rest[:-1]))      # the last one is the seed
     return dict(process=process, model=model, **names)

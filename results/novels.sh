@@ -173,9 +173,12 @@ tune() {                               # of a uniform generator: KNOB VALUE flag
     }
     try base base
     start=dcd from=$dcd try start dcd
-    try update marginal --uniform_update marginal
-    try update soft --uniform_update soft
+    for update in marginal soft; do
+        try update $update --uniform_update $update
+        start=dcd from=$dcd try update ${update}_from_dcd --uniform_update $update
+    done
     try pairing independent --pairing independent
+    try pairing matched --pairing matched
     try pairing matched_4 --pairing matched:4
     try own_token ignored --uniform_update hard:ignored
     try lr 3e-5 --lr 3e-5
