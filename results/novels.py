@@ -148,7 +148,9 @@ def text(runs):
 # ---- one list of records ------------------------------------------------------------------------
 
 def merge(runs, novels):
-    documents = sorted(glob.glob(novels))
+    documents, jobs = sorted(glob.glob(novels)), Path(runs, "jobs").read_text().splitlines()
+    commands = {name: command.partition(" -- ")[0].replace("results/novels.py chain train", "train.py")
+                for name, _, _, _, command in (job.split(" ", 4) for job in jobs)}
     real, records = None, []
     for path in sorted(Path(RESULTS, "novels").glob("*.json")):
         for r in json.loads(path.read_text()):
@@ -161,6 +163,7 @@ def merge(runs, novels):
                 source = run if Path(runs, run).exists() else "mdlm__teacher"
                 r = {k: v for k, v in r.items() if k in KEEP} | describe(run)
                 r["train_seconds"] = stages_of(runs, source)[0]
+                r["train_command"] = commands[source]
                 if r["model"] != "teacher":
                     stages = {f"{r['process']}__teacher", f"duo__{r.get('start', 'teacher')}"
                               if r["process"] == "duo" else "mdlm__teacher"}

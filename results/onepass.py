@@ -75,6 +75,9 @@ TASKS = {                                # most important first; a run without "
              {"updates": 3600}, {"seed": 2}, FREE | {"seed": 2}, FREE | {"pairing": "independent"},
              {"beside": "fresh", "seed": 2}, {"fake_updates": 2, "seed": 2},
              {"t_min": EPS, "seed": 2}, {"dropout": 0.0, "seed": 2}],
+    # with --set fake_updates=2 updates=12000: some ten minutes each where five share a GPU
+    "long": [TEACHER, {"beta": 1.1}, {"beta": 1.2}, {"beta": 1.1, "fake_updates": 4}, {}, FREE,
+             {"beta": 1.3}, {"beta": 1.1, "seed": 2}, {"beta": 1.1, "lr": 2e-4, "fake_lr": 4e-4}],
     "uniform": [DUO | {"updates": 0}, DUO, DUO | {"uniform_update": "marginal"}],
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
