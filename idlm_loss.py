@@ -37,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 COMPILE = False           # True: `per_row` runs through torch.compile (train.py sets it on a GPU)
 CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,335 rows of 50,257 words
 COMPILED_CHUNKS = 8       # times as many where compiled: in half precision, and nothing beside them
+NOISE_CHUNKS = 4          # the same where they stand beside Gaussian noise in float32
 KEEP_ELEMENTS = 2 ** 22   # logits as few as this wait for the backward instead of being recomputed
 KEEP_COMPILED = 2 ** 31   # the same compiled, which keeps them once, in half precision: 4 GiB
 
@@ -443,11 +444,11 @@ def soft_state(generator, h_g, scale, std, K, tau, rng):
     scale, std = rows_of(scale, L, h_g.device), rows_of(std, L, h_g.device)
     seed, k = torch.randint(2 ** 62, (), generator=rng, device=rng.device).item(), 24
     run = compiled(on_logits) if COMPILE else on_logits
+    n = min(B * L, math.ceil(B * L * K / (CHUNK_ELEMENTS * (NOISE_CHUNKS if COMPILE else 1))))
     while True:                                            # which entries survive, and their noise
         found, k, noise_rng = [], min(k, K), torch.Generator(h_g.device).manual_seed(seed)
         with torch.no_grad():
-            for h, s, d in zip(*(x.split(max(1, CHUNK_ELEMENTS // K)) for x in
-                                   (h_g.flatten(0, 1), scale, std))):
+            for h, s, d in zip(*(x.tensor_split(n) for x in (h_g.flatten(0, 1), scale, std))):
                 xi = torch.randn(len(h), K, generator=noise_rng, device=h.device, dtype=s.dtype)
                 top, ids = run(noisy_top, K, (generator,), h, xi, s, d, k)
                 found.append((top, ids, d * xi.gather(1, ids)))

@@ -61,13 +61,13 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim))
 
-    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, d / 2)
+    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, 1, d / 2)
         position = torch.arange(num_positions, device=self.inv_freq.device) + start
-        angle = position[:, None] * self.inv_freq
+        angle = position[:, None, None] * self.inv_freq
         return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):                                             # (..., L, d) -> (..., L, d)
+def rotate(x, cos, sin):                                             # (B, L, H, d), twice (L, 1, d / 2)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
@@ -138,8 +138,9 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(cond)[:, None].chunk(6, dim=-1)       # (B, 1, D) each
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         qkv = self.attn_qkv(modulate(self.norm1(x), shift1, scale1))             # (B, L, 3D)
-        qkv = qkv.view(B, L, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)       # (3, B, H, L, d)
-        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]
+        # Heads move forward as views alone: in memory all stays (B, L, H, d), also on the way back.
+        q, k, v = qkv.view(B, L, 3, self.num_heads, -1).unbind(2)
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if cache is not None:                            # a causal model writing token by token
             k, v, visible = cache(k, v)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
@@ -189,6 +190,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.keep, self.keeps_place = None, False        # dropout's mask, see `drawn`
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.width)
         self.sigma_map = NoiseLevelEmbedding(config.cond_dim)
         self.rotary_emb = Rotary(config.width // config.num_heads)
@@ -225,10 +227,16 @@ class DiT(nn.Module):
 
     def drawn(self, h):
         """The trunk's other inputs, which a compiled kernel would compute anew wherever it needs
-        them: the angles, and what dropout keeps."""
+        them: the angles, and what dropout keeps. A CUDA graph would copy that first, were it not
+        always at one place; PyTorch refuses the backward of a pass after which another drew."""
         keep, p = None, self.config.dropout
         if self.training and p:
-            keep = torch.empty(len(self.blocks), 2, *h.shape, dtype=torch.bool, device=h.device)
+            shape, keep = (len(self.blocks), 2, *h.shape), self.keep
+            if keep is None or (keep.shape, keep.device) != (shape, h.device):
+                keep = torch.empty(shape, dtype=torch.bool, device=h.device)
+                if self.keeps_place:
+                    torch._dynamo.mark_static_address(keep)
+                    self.keep = keep
             keep.bernoulli_(1 - p)
         return *self.rotary_emb(h.shape[1]), keep
 
@@ -258,9 +266,12 @@ class DiT(nn.Module):
         block by block, where one compilation of seconds serves all."""
         if self.device.type == "cuda":
             from torch._inductor import config
-            joined = {"combo_kernels": True} if hasattr(config, "combo_kernels") else {}
+            options = {"triton.cudagraphs": True}
+            options |= {"combo_kernels": True} if hasattr(config, "combo_kernels") else {}
+            options |= {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}
+            self.keeps_place = True
             self.trunk = torch.compile(self.trunk, dynamic=False,
-                                       options={"triton.cudagraphs": True} | joined)
+                                       options=options)
         else:
             for module in (*self.blocks, self.output_layer):
                 module.compile()

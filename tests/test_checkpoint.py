@@ -292,6 +292,22 @@ def test_dropout(tmp_path, rng, monkeypatch):
         assert abs(keep.double().mean() - share) < 5 * (share * (1 - share) / n) ** 0.5
 
 
+def test_dropout_in_one_place():
+    """Compiled for a GPU, a network draws what it keeps into one tensor. A second pass before the
+    first one's backward is refused instead of taking the wrong mask."""
+    net = small_net(0, dropout=0.5).train()
+    net.keeps_place = True
+    x, sigma = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2)
+    (*_, first), (*_, second) = (net.drawn(torch.zeros(2, 9, D)) for _ in range(2))
+    assert first is second
+    net(x, sigma).sum().backward()
+    loss = net(x, sigma).sum()
+    net(x, sigma)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert net.drawn(torch.zeros(1, 9, D))[-1].shape[2:] == (1, 9, D)
+
+
 def test_every_source_of_the_same_tensors(tmp_path, monkeypatch, capsys):
     weights = synthetic(layers=1)
     plain = {key: w.clone() for key, w in weights.items()}
