@@ -53,10 +53,10 @@ TABLES = {
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
     "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
-    "novels_matched": "model start update sampler steps gen_ppl_matched gen_ppl entropy "
-        "distinct4 gm",
+    "novels_grid": "model start update sampler steps gen_ppl_matched gen_ppl entropy distinct4 gm",
+    "novels_tuned.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
+    "knobs.knob": "knob value steps gen_ppl_matched gen_ppl entropy known_words distinct4",
     "novels_knobs": "model schedule steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
-    "novels_knobs.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
     "novels_uniform.knob": "knob value steps gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
@@ -365,7 +365,7 @@ def average(records):
     its runs: their mean, and as interval mean -+ standard deviation."""
     groups, rows = {}, []
     for r in records:
-        key = {k: v for k, v in r.items() if k not in PROVENANCE and v is not None
+        key = {k: v for k, v in r.items() if k not in {*PROVENANCE, "train_command"} and v is not None
                and (k in SETTINGS or not isinstance(v, (float, list)))}
         groups.setdefault(repr(sorted(key.items())), []).append(r)
     for runs in groups.values():

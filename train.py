@@ -107,8 +107,8 @@ def parse_args(argv=None):
     # the method
     add("--pairing", metavar="{independent,matched}[:STEPS]",
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
-             "default: matched, but independent for uniform characters (README says why).\n"
-             "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits")
+             "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
+             "Default: matched; uniform matched:4, of characters independent (README says why)")
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
@@ -171,10 +171,11 @@ def pick_device(name):
 
 
 def has_bfloat16(device):
-    """Does autocast to bfloat16 pay? On a CPU only with instructions for it."""
+    """Does autocast to bfloat16 pay? On a CPU only with matrix units for it (AMX): with AVX-512's
+    instructions alone an update of the laptop preset takes longer than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
 def settings_of(args, stage):
@@ -194,8 +195,9 @@ def settings_of(args, stage):
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
-    s.pairing = s.pairing or ("independent" if (s.process, s.tokenizer) == ("duo", "char")
-                              else "matched")
+    if not s.pairing:
+        s.pairing, s.grid = {("duo", "char"): ("independent", 0), ("duo", "gpt2"): ("matched", 4)}.get(
+            (s.process, s.tokenizer), ("matched", 0))
     s.weights = torch.float64 if s.dtype == "float64" else torch.float32
     # No cache: before torch 2.13 a weight first cast under no_grad stays without gradient in it.
     s.autocast = torch.autocast(s.device.type, dtype=torch.bfloat16, cache_enabled=False,

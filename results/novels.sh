@@ -80,7 +80,8 @@ work() {                               # a worker on GPU $1
             for need in ${needs//,/ }; do
                 [ $need = - ] || [ -e "$state/$need.done" ] && continue
                 ready=
-                [ -e "$state/$need.claim" ] && [ ! -e "$state/$need.failed" ] && again=wait
+                [ -e "$state/$need.failed" ] && touch "$state/$name.failed" && continue
+                again=wait             # also for what nobody has begun: another GPU will
             done
             [ "$ready" ] || continue
             mkdir "$state/$name.claim" 2>/dev/null || continue       # one worker can make it

@@ -353,11 +353,13 @@ def test_times(finished, monkeypatch):
     assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in apart) < 16
     full = sum((t_tilde == 1).sum() for (_, t_tilde) in gaussian[::2])
     assert 29 < full < 99 and not any((t_tilde == 1).any() for _, t_tilde in apart)
-    for flags, pairing in (([], "matched"), (["--process", "duo"], "independent"),
-                           (["--process", "duo", "--tokenizer", "gpt2"], "matched"),
-                           (["--process", "duo", "--pairing", "matched"], "matched")):
-        args = train.parse_args(["--preset", "laptop", *flags])
-        assert train.settings_of(args, "idlm").pairing == pairing
+    for flags, pairing, grid in (
+            ("", "matched", 0), ("--process duo", "independent", 0),
+            ("--tokenizer gpt2", "matched", 0), ("--process duo --tokenizer gpt2", "matched", 4),
+            ("--process duo --tokenizer gpt2 --pairing matched", "matched", 0),
+            ("--process duo --pairing matched:8", "matched", 8)):
+        s = train.settings_of(train.parse_args(f"--preset laptop {flags}".split()), "idlm")
+        assert (s.pairing, s.grid) == (pairing, grid)
 
 
 def test_dimension_and_scale_of_the_latent(teachers):
