@@ -59,6 +59,7 @@ TABLES = {
     "novels_knobs": "model schedule steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
     "novels_uniform.knob": "knob value steps gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
+    "novels_grid.row_entropy": "process model start update t_tilde row_entropy",
     "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
@@ -507,7 +508,7 @@ def parse_args(argv):
     add("--mauve", action="store_true", help="MAUVE too, where mauve-text is installed")
     add("--records", type=Path, help="append the records to this list, such as results/laptop.json")
     add("--plot", nargs="?", const="", metavar="JSON", help="draw JSON, or out/<process>/eval.json")
-    add("--table", action="store_true", help="rewrite the tables of the README")
+    add("--table", action="store_true", help="rewrite the tables of both README.md")
     add("--seed", type=int, default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     args = p.parse_args(argv)
@@ -522,7 +523,8 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
-        rewrite_tables()
+        for page in "README.md", "results/README.md":
+            rewrite_tables(page)
     if args.plot is not None:
         plot(load_records(args.plot or args.out / "eval.json"))
     if args.table or args.plot is not None:

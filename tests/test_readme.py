@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 README = ROOT / "README.md"
+PAGES = README, ROOT / "results/README.md"
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
 
@@ -25,9 +26,10 @@ def lines(path):
 
 
 def commands():
-    blocks = re.findall(r"```\n(.*?)```", README.read_text(), re.DOTALL)
+    text = "\n\n".join(page.read_text() for page in PAGES)
+    blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
     found = [line for block in blocks for line in block.splitlines()]
-    found += [code.replace("\n", " ") for code in re.findall(r"`(python [^`]*)`", README.read_text())]
+    found += [code.replace("\n", " ") for code in re.findall(r"`(python [^`]*)`", text)]
     return [line for line in found if line.startswith("python ") and ".py" in line]
 
 
@@ -37,8 +39,20 @@ def test_every_file_is_in_the_table_with_its_length():
 
 
 def test_files_named_exist():
-    for name in re.findall(r"(?:assets|results|tests|data)/[\w./]+\.\w+", README.read_text()):
-        assert (ROOT / name).exists(), name
+    for page in PAGES:
+        for name in re.findall(r"(?:assets|results|tests|data)/[\w./]+\.\w+", page.read_text()):
+            assert (ROOT / name).exists(), name
+
+
+def test_links_lead_somewhere():
+    """Links to other files, and to headings as GitHub names them."""
+    for page in PAGES:
+        for path, heading in re.findall(r"\]\(([\w./]*)(?:#([\w-]+))?\)", page.read_text()):
+            there = page.parent / path if path else page
+            assert there.exists(), path
+            headings = re.findall(r"^#+ (.*)", there.read_text(), re.M) if heading else []
+            named = [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
+            assert not heading or heading in named, (page.name, heading)
 
 
 @pytest.mark.parametrize("command", commands())
@@ -93,12 +107,13 @@ def test_results_say_where_they_come_from():
                 assert record["entropy"] is not None                 # never one without the other
 
 
-def test_tables_come_from_the_results(tmp_path):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_tables_come_from_the_results(page, tmp_path):
     import evaluate
     copy = tmp_path / "README.md"
-    copy.write_text(README.read_text())
+    copy.write_text(page.read_text())
     evaluate.rewrite_tables(copy, ROOT / "results")
-    assert copy.read_text() == README.read_text(), "run python evaluate.py --table"
+    assert copy.read_text() == page.read_text(), "run python evaluate.py --table"
 
 
 if __name__ == "__main__":
