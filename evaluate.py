@@ -5,7 +5,7 @@
     python evaluate.py --process duo --ending greedy     the uniform run of out/duo
     python evaluate.py --judge gpt2-large --init_from kekchpek/idlm-mdlm --data "novels/*.txt"
     python evaluate.py --plot results/laptop.json        both figures of assets/
-    python evaluate.py --table                           every table of README.md, from results/
+    python evaluate.py --table          every table of README.md and results/README.md
 
 Low entropy buys low perplexity, so every setting is swept over the sampling temperature, and the
 headline gen_ppl_matched is read off that curve at the entropy of held-out text (the first row);
@@ -52,7 +52,6 @@ TABLES = {
     "laptop": "process model start sampler steps passes bits_per_char entropy known_words",
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
-    "novels.knob": "knob value steps passes gen_ppl_matched gen_ppl entropy distinct4",
     "novels_grid": "model start update sampler steps gen_ppl_matched gen_ppl entropy distinct4 gm",
     "novels_tuned.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
     "knobs.knob": "knob value steps gen_ppl_matched gen_ppl entropy known_words distinct4",
@@ -60,7 +59,6 @@ TABLES = {
     "novels_uniform.knob": "knob value steps gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels_grid.row_entropy": "process model start update t_tilde row_entropy",
-    "novels.held_out_nll": "process model held_out_nll n_params updates train_seconds",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant steps gen_ppl_matched gen_ppl entropy known_words copied",
@@ -71,7 +69,6 @@ TABLES = {
     "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "schedule": "model judge schedule steps passes gen_ppl_matched gen_ppl entropy known_words",
     "beta": "latent beta steps gen_ppl_matched gen_ppl entropy known_words",
-    "toy": "data process model latent passes validity js kl",
     "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
 # Numbers that are no results, so that runs which differ in one are told apart
@@ -366,8 +363,8 @@ def average(records):
     its runs: their mean, and as interval mean -+ standard deviation."""
     groups, rows = {}, []
     for r in records:
-        key = {k: v for k, v in r.items() if k not in {*PROVENANCE, "train_command"} and v is not None
-               and (k in SETTINGS or not isinstance(v, (float, list)))}
+        key = {k: v for k, v in r.items() if k not in {*PROVENANCE, "train_command"}
+               and v is not None and (k in SETTINGS or not isinstance(v, (float, list)))}
         groups.setdefault(repr(sorted(key.items())), []).append(r)
     for runs in groups.values():
         rows.append(dict(runs[0], runs=len(runs)))

@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 COMPILE = False           # True: `per_row` runs through torch.compile (train.py sets it on a GPU)
 CHUNK_ELEMENTS = 2 ** 26  # rows x words held at once: 1,335 rows of 50,257 words
 COMPILED_CHUNKS = 8       # times as many where compiled: in half precision, and nothing beside them
-NOISE_CHUNKS = 4          # the same where they stand beside Gaussian noise in float32
+NOISE_CHUNKS = 4          # the same in soft_state, with Gaussian noise in float32 beside them
 KEEP_ELEMENTS = 2 ** 22   # logits as few as this wait for the backward instead of being recomputed
 KEEP_COMPILED = 2 ** 31   # the same compiled, which keeps them once, in half precision: 4 GiB
 

@@ -17,6 +17,7 @@ costs more than a third of the trunk, and most callers need it at a few position
 To reuse: copy this file alone.
 """
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ class Rotary(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def rotate(x, cos, sin):                                             # (B, L, H, d), twice (L, 1, d / 2)
+def rotate(x, cos, sin):                             # (B, L, H, d), (L, 1, d / 2) x2 -> as x
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
 
@@ -190,7 +191,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.keep, self.keeps_place = None, False        # dropout's mask, see `drawn`
+        self.keep, self.keeps_place = {}, False          # dropout's masks, see `drawn`
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.width)
         self.sigma_map = NoiseLevelEmbedding(config.cond_dim)
         self.rotary_emb = Rotary(config.width // config.num_heads)
@@ -231,12 +232,12 @@ class DiT(nn.Module):
         always at one place; PyTorch refuses the backward of a pass after which another drew."""
         keep, p = None, self.config.dropout
         if self.training and p:
-            shape, keep = (len(self.blocks), 2, *h.shape), self.keep
-            if keep is None or (keep.shape, keep.device) != (shape, h.device):
-                keep = torch.empty(shape, dtype=torch.bool, device=h.device)
+            keep = self.keep.get(h.shape)
+            if keep is None:
+                keep = h.new_empty(len(self.blocks), 2, *h.shape, dtype=torch.bool)
                 if self.keeps_place:
-                    torch._dynamo.mark_static_address(keep)
-                    self.keep = keep
+                    torch._dynamo.mark_static_address(keep, guard=False)
+                    self.keep[h.shape] = keep
             keep.bernoulli_(1 - p)
         return *self.rotary_emb(h.shape[1]), keep
 
@@ -268,10 +269,10 @@ class DiT(nn.Module):
             from torch._inductor import config
             options = {"triton.cudagraphs": True}
             options |= {"combo_kernels": True} if hasattr(config, "combo_kernels") else {}
-            options |= {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}
+            if torch.__version__ >= "2.11":              # dependent launches, where a GPU has them
+                options["triton.enable_pdl"] = os.environ.get("TORCHINDUCTOR_ENABLE_PDL") != "0"
             self.keeps_place = True
-            self.trunk = torch.compile(self.trunk, dynamic=False,
-                                       options=options)
+            self.trunk = torch.compile(self.trunk, dynamic=False, options=options)
         else:
             for module in (*self.blocks, self.output_layer):
                 module.compile()

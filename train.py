@@ -108,7 +108,7 @@ def parse_args(argv=None):
     add("--pairing", metavar="{independent,matched}[:STEPS]",
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
              "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
-             "Default: matched; uniform matched:4, of characters independent (README says why)")
+             "Default: matched; --process duo: matched:4, with characters independent (see README)")
     add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
@@ -195,9 +195,13 @@ def settings_of(args, stage):
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
+    uniform, soft = s.process == "duo", s.process == "duo" and s.uniform_update == "soft"
     if not s.pairing:
-        s.pairing, s.grid = {("duo", "char"): ("independent", 0), ("duo", "gpt2"): ("matched", 4)}.get(
-            (s.process, s.tokenizer), ("matched", 0))
+        s.pairing = "independent" if uniform and s.tokenizer == "char" else "matched"
+        s.grid = 4 if uniform and s.tokenizer == "gpt2" and not soft else 0
+    if s.grid and soft:
+        raise BadInput(f"--pairing {s.pairing}:{s.grid}: --uniform_update soft has the Gaussian's "
+                       "clock, not the sampler's steps; leave them out")
     s.weights = torch.float64 if s.dtype == "float64" else torch.float32
     # No cache: before torch 2.13 a weight first cast under no_grad stays without gradient in it.
     s.autocast = torch.autocast(s.device.type, dtype=torch.bfloat16, cache_enabled=False,
@@ -347,6 +351,10 @@ def run_stage(args, stage, data):
                          dropout=s.dropout)
     flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
     meta |= {"config": asdict(config), "args": flags}
+    for name in ("pairing", "grid", "own_token", "uniform_update") if saved else ():
+        if (begun := saved["args"].get(name, flags[name])) != flags[name]:
+            raise BadInput(f"{path} was begun with {name} {begun}, not {flags[name]}: repeat its "
+                           "flags, or choose another folder with --out")
     if saved and saved["config"] != meta["config"]:
         raise BadInput(f"{path} holds a network of another shape, {saved['config']}: repeat its "
                        "flags, or choose another folder with --out")

@@ -148,9 +148,7 @@ def text(runs):
 # ---- one list of records ------------------------------------------------------------------------
 
 def merge(runs, novels):
-    documents, jobs = sorted(glob.glob(novels)), Path(runs, "jobs").read_text().splitlines()
-    commands = {name: command.partition(" -- ")[0].replace("results/novels.py chain train", "train.py")
-                for name, _, _, _, command in (job.split(" ", 4) for job in jobs)}
+    documents = sorted(glob.glob(novels))
     real, records = None, []
     for path in sorted(Path(RESULTS, "novels").glob("*.json")):
         for r in json.loads(path.read_text()):
@@ -163,7 +161,10 @@ def merge(runs, novels):
                 source = run if Path(runs, run).exists() else "mdlm__teacher"
                 r = {k: v for k, v in r.items() if k in KEEP} | describe(run)
                 r["train_seconds"] = stages_of(runs, source)[0]
-                r["train_command"] = commands[source]
+                if (begun := Path(runs, f"state/{source}.command")).exists():
+                    command = begun.read_text().partition(" -- ")[0].strip()
+                    r["train_command"] = command.replace("results/novels.py chain train",
+                                                         "train.py")
                 if r["model"] != "teacher":
                     stages = {f"{r['process']}__teacher", f"duo__{r.get('start', 'teacher')}"
                               if r["process"] == "duo" else "mdlm__teacher"}

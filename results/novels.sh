@@ -68,6 +68,8 @@ generate() {
         --out "$OUT_DIR/$1" --stage idlm "${@:5}" -- evaluate $(judged "$1" "$OUT_DIR/$1/idlm.pt") $4
 }
 
+give_up() { echo "not run: $2" > "$OUT_DIR/log/$1.txt" && touch "$state/$1.failed"; }
+
 work() {                               # a worker on GPU $1
     local gpu=$1 name needs where seconds command again need ready
     export CUDA_VISIBLE_DEVICES=$gpu
@@ -75,17 +77,22 @@ work() {                               # a worker on GPU $1
         while read -r -u 3 name needs where seconds command; do
             [ -e "$state/$name.claim" ] && continue
             [ "$where" = - ] || [ $((where % GPUS)) = "$gpu" ] || continue
-            [ $((SECONDS + seconds / FASTER)) -le "$LIMIT" ] || continue
+            [ -e "$state/$name.failed" ] && continue
+            if [ $((SECONDS + seconds / FASTER)) -gt "$LIMIT" ]; then
+                give_up "$name" "no time left"
+                continue
+            fi
             ready=yes
             for need in ${needs//,/ }; do
                 [ $need = - ] || [ -e "$state/$need.done" ] && continue
                 ready=
-                [ -e "$state/$need.failed" ] && touch "$state/$name.failed" && continue
+                [ -e "$state/$need.failed" ] && give_up "$name" "needs $need" && continue
                 again=wait             # also for what nobody has begun: another GPU will
             done
             [ "$ready" ] || continue
             mkdir "$state/$name.claim" 2>/dev/null || continue       # one worker can make it
             local began=$SECONDS outcome=done
+            echo "$command" > "$state/$name.command"
             rm -rf "${OUT_DIR:?}/$name" "$records/${name#eval.}.json"
             timeout $((LIMIT - SECONDS)) $command > "$OUT_DIR/log/$name.txt" 2>&1 || outcome=failed
             touch "$state/$name.$outcome"
@@ -180,7 +187,6 @@ tune() {                               # of a uniform generator: KNOB VALUE flag
     done
     try pairing independent --pairing independent
     try pairing matched --pairing matched
-    try pairing matched_4 --pairing matched:4
     try own_token ignored --uniform_update hard:ignored
     try lr 3e-5 --lr 3e-5
     try lr 3e-4 --lr 3e-4

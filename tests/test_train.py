@@ -357,6 +357,7 @@ def test_times(finished, monkeypatch):
             ("", "matched", 0), ("--process duo", "independent", 0),
             ("--tokenizer gpt2", "matched", 0), ("--process duo --tokenizer gpt2", "matched", 4),
             ("--process duo --tokenizer gpt2 --pairing matched", "matched", 0),
+            ("--process duo --tokenizer gpt2 --uniform_update soft", "matched", 0),
             ("--process duo --pairing matched:8", "matched", 8)):
         s = train.settings_of(train.parse_args(f"--preset laptop {flags}".split()), "idlm")
         assert (s.pairing, s.grid) == (pairing, grid)
@@ -801,6 +802,7 @@ def test_device_of_a_process(monkeypatch):
     ("--uniform_update gentle", "--uniform_update gentle: use hard, marginal or"),
     ("--pairing none", "--pairing none: use independent or matched"),
     ("--pairing matched:0", "--pairing matched:0: use independent or matched"),
+    ("--process duo --uniform_update soft --pairing matched:4", "has the Gaussian's clock"),
     ("--latent gaussian:0", "--latent gaussian:0: use state"),
     ("--latent state:8", "--latent state:8: use state"),
     ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),
@@ -814,6 +816,8 @@ def test_device_of_a_process(monkeypatch):
     ("--out half", "at step 3 of 8: finish it with --resume"),
     ("--out half --stage teacher --updates 3 --resume", "teacher.pt is at step 3 of 8"),
     ("--out half --stage teacher --resume --size 1x2x16", "teacher.pt holds a network of another"),
+    ("--out half --stage teacher --resume --pairing independent",
+     "begun with pairing matched, not independent: repeat its flags"),
     ("--out half --stage teacher --resume --data other.txt", "holds a network of another shape")])
 def test_bad_input(flags, sentence, teachers, half):
     for name, text in (("empty", ""), ("short", "a" * 15), ("other", TEXT + "!?")):
