@@ -520,7 +520,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     if args.table:
-        for page in "README.md", "results/README.md":
+        for page in filter(Path.exists, map(Path, ("README.md", "results/README.md"))):
             rewrite_tables(page)
     if args.plot is not None:
         plot(load_records(args.plot or args.out / "eval.json"))
