@@ -44,7 +44,7 @@ from teacher import EPS, dcd_loss, duo_loss, mdlm_loss, stratified_times
 # A flag goes before the preset's entry for process and stage, that before the stage's, and that
 # before the general one.
 PRESETS = {
-    # 2 CPU cores: nine minutes for everything. Characters of Shakespeare.
+    # 2 CPU cores: ten minutes for everything. Characters of Shakespeare.
     "laptop": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x128", dropout=0.0,
         batch_size=64, micro_batch=64, ema=0.999, warmup=100, decay=0.1, beta2=0.95, save_every=600,
