@@ -191,7 +191,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.keep, self.keeps_place = {}, False          # dropout's masks, see `drawn`
+        self.keep = None                     # compiled for a GPU: dropout's masks, see `drawn`
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.width)
         self.sigma_map = NoiseLevelEmbedding(config.cond_dim)
         self.rotary_emb = Rotary(config.width // config.num_heads)
@@ -232,10 +232,10 @@ class DiT(nn.Module):
         always at one place; PyTorch refuses the backward of a pass after which another drew."""
         keep, p = None, self.config.dropout
         if self.training and p:
-            keep = self.keep.get(h.shape)
+            keep = self.keep.get(h.shape) if self.keep else None
             if keep is None:
                 keep = h.new_empty(len(self.blocks), 2, *h.shape, dtype=torch.bool)
-                if self.keeps_place:
+                if self.keep is not None:
                     torch._dynamo.mark_static_address(keep, guard=False)
                     self.keep[h.shape] = keep
             keep.bernoulli_(1 - p)
@@ -271,7 +271,7 @@ class DiT(nn.Module):
             options |= {"combo_kernels": True} if hasattr(config, "combo_kernels") else {}
             if torch.__version__ >= "2.11":              # dependent launches, where a GPU has them
                 options["triton.enable_pdl"] = os.environ.get("TORCHINDUCTOR_ENABLE_PDL") != "0"
-            self.keeps_place = True
+            self.keep = {}
             self.trunk = torch.compile(self.trunk, dynamic=False, options=options)
         else:
             for module in (*self.blocks, self.output_layer):

@@ -195,7 +195,8 @@ def settings_of(args, stage):
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
-    uniform, soft = s.process == "duo", s.process == "duo" and s.uniform_update == "soft"
+    uniform = s.process == "duo"
+    soft = uniform and s.uniform_update == "soft"
     if not s.pairing:
         s.pairing = "independent" if uniform and s.tokenizer == "char" else "matched"
         s.grid = 4 if uniform and s.tokenizer == "gpt2" and not soft else 0
@@ -351,10 +352,10 @@ def run_stage(args, stage, data):
                          dropout=s.dropout)
     flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
     meta |= {"config": asdict(config), "args": flags}
-    for name in ("pairing", "grid", "own_token", "uniform_update") if saved else ():
+    for name in ("pairing", "grid", "own_token", "uniform_update") * bool(saved and s.stage == "idlm"):
         if (begun := saved["args"].get(name, flags[name])) != flags[name]:
             raise BadInput(f"{path} was begun with {name} {begun}, not {flags[name]}: repeat its "
-                           "flags, or choose another folder with --out")
+                           "--pairing and --uniform_update, or choose another folder with --out")
     if saved and saved["config"] != meta["config"]:
         raise BadInput(f"{path} holds a network of another shape, {saved['config']}: repeat its "
                        "flags, or choose another folder with --out")

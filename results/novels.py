@@ -178,6 +178,8 @@ def merge(runs, novels):
         *(r.get(k, "") for k in ("start", "update", "knob", "value")), r.get("sampler", ""),
         r.get("schedule", ""), r.get("steps", 0), r.get("temperature", r.get("t_tilde"))))
     for run in ("mdlm__teacher", "duo__teacher", "judge"):
+        if not any(Path(runs, run).glob("*.pt")):          # it failed, or the time was up
+            continue
         net, meta = load(runs, run)
         seconds, held_out = stages_of(runs, run)
         records.append({k: meta[k] for k in evaluate.PROVENANCE} | dict(

@@ -296,7 +296,7 @@ def test_dropout_in_one_place():
     """Compiled for a GPU, a network draws what it keeps into one tensor. A second pass before the
     first one's backward is refused instead of taking the wrong mask."""
     net = small_net(0, dropout=0.5).train()
-    net.keeps_place = True
+    net.keep = {}
     x, sigma = torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2)
     (*_, first), (*_, second) = (net.drawn(torch.zeros(2, 9, D)) for _ in range(2))
     assert first is second

@@ -816,8 +816,6 @@ def test_device_of_a_process(monkeypatch):
     ("--out half", "at step 3 of 8: finish it with --resume"),
     ("--out half --stage teacher --updates 3 --resume", "teacher.pt is at step 3 of 8"),
     ("--out half --stage teacher --resume --size 1x2x16", "teacher.pt holds a network of another"),
-    ("--out half --stage teacher --resume --pairing independent",
-     "begun with pairing matched, not independent: repeat its flags"),
     ("--out half --stage teacher --resume --data other.txt", "holds a network of another shape")])
 def test_bad_input(flags, sentence, teachers, half):
     for name, text in (("empty", ""), ("short", "a" * 15), ("other", TEXT + "!?")):
@@ -848,6 +846,16 @@ def half(tmp_path_factory):
         with pytest.raises(Killed):
             run("--stage teacher --updates 8 --out half")
     return folder / "half"
+
+
+def test_a_resumed_generator_keeps_its_method(teachers, monkeypatch):
+    cut = "--stage idlm --init_from out/mdlm/teacher.pt --updates 8 --out cut"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, 4)
+        run(cut)
+    with pytest.raises(BadInput, match="begun with pairing matched, not independent: repeat its"):
+        run(cut + " --resume --pairing independent")
+    run(cut + " --resume")
 
 
 def test_batch_that_processes_cannot_share(monkeypatch):
