@@ -189,9 +189,10 @@ def soft_cross_entropy(logits_f, logits_g):                # (N, K), (N, K) -> (
 
 
 def masked_gap(logits_g, logits_f, logits_t, beta=1.0):    # -> (N,): <G, beta log f - log f*>
-    logits_f, logits_t = upcast(logits_f), upcast(logits_t)
-    mean = (upcast(logits_g).softmax(-1) * (beta * logits_f - logits_t)).sum(-1)
-    return mean - beta * logits_f.logsumexp(-1) + logits_t.logsumexp(-1)
+    logits_f, logits_t = upcast(logits_f), upcast(logits_t)          # beta: a number or (N, 1)
+    mean = (upcast(logits_g).softmax(-1) * (beta * logits_f - logits_t)).sum(-1, keepdim=True)
+    return (mean - beta * logits_f.logsumexp(-1, keepdim=True)
+            + logits_t.logsumexp(-1, keepdim=True))[:, 0]
 
 
 @torch.no_grad()
@@ -244,16 +245,18 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
     KL(p_theta || p*) - (beta - 1) H(p_theta), minimal at p*^(1 / beta), normalised. A generator
     that cannot be p* seeks its modes; beta holds it apart, at the price of too many rare words.
     """
-    K = mask_id
+    K, L = mask_id, is_masked.shape[1]
     h_g = generator.hidden(*eps)
     rows = flat_rows((eps[0] == mask_id) & is_masked, h_g.device)
     with torch.no_grad():
         x_t = renoise_masked(generator, h_g, eps[0], is_masked, mask_id, rng)
         h_f = fake.hidden(x_t, sigma_fake).flatten(0, 1)[rows]
         h_t = teacher.hidden(x_t, sigma).flatten(0, 1)[rows]
+    if torch.is_tensor(beta):
+        beta = rows_of(beta, L, h_g.device)[rows]
     gap = per_row(masked_gap, K, (generator, frozen(fake), frozen(teacher)),
                   h_g.flatten(0, 1)[rows], h_f, h_t, beta)
-    row_weight = rows_of(weight, is_masked.shape[1], gap.device)[rows, 0]
+    row_weight = rows_of(weight, L, gap.device)[rows, 0]
     return (row_weight * gap).sum() / is_masked.numel()
 
 

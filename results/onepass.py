@@ -59,7 +59,7 @@ from teacher import EPS, stratified_times
 BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
-            pairing="matched", batch=128, updates=1200, beta=1.0)
+            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all")
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -78,6 +78,11 @@ TASKS = {                                # most important first; a run without "
     # with --set fake_updates=2 updates=12000: some ten minutes each where five share a GPU
     "long": [TEACHER, {"beta": 1.1}, {"beta": 1.2}, {"beta": 1.1, "fake_updates": 4}, {}, FREE,
              {"beta": 1.3}, {"beta": 1.1, "seed": 2}, {"beta": 1.1, "lr": 2e-4, "fake_lr": 4e-4}],
+    # with --set fake_updates=2 dropout=0 beta=1.1: which of these is worth a long run?
+    "screen": [TEACHER, {}, {"beta": 1.0}, {"beta": 1.3, "beta_at": "full"}, {"t_min": 0.1},
+               {"share": 0.5}, {"fake_updates": 4}, FREE, {"scale": 3.0},
+               {"lr": 2e-4, "fake_lr": 4e-4}, {"fake_lr": 6e-4}, {"t_min": 0.3},
+               {"beta": 1.2, "beta_at": "full"}, {"dim": 256}, {"share": 1.0}],
     "uniform": [DUO | {"updates": 0}, DUO, DUO | {"uniform_update": "marginal"}],
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
@@ -152,6 +157,10 @@ def patch(run, start=None):
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
+    if run["beta_at"] == "full":                           # only in texts that are all [MASK]
+        every = idlm_loss.masked_generator_loss
+        idlm_loss.masked_generator_loss = lambda *a, beta: every(*a, beta=torch.where(
+            (a[3][0] == a[8]).all(1), beta, 1.0))
     own, first = generator.gaussian_latent, None
 
     def own_and_texts(net, x, mask_id, rng):
@@ -187,7 +196,7 @@ def variant_of(run):
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "share", "beside", "told", "start",
-             "t_min", "beta"] * (run["latent"] == "state")
+             "t_min", "beta", "beta_at"] * (run["latent"] == "state")
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
 
