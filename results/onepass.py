@@ -75,15 +75,14 @@ TASKS = {                                # most important first; a run without "
              {"updates": 3600}, {"seed": 2}, FREE | {"seed": 2}, FREE | {"pairing": "independent"},
              {"beside": "fresh", "seed": 2}, {"fake_updates": 2, "seed": 2},
              {"t_min": EPS, "seed": 2}, {"dropout": 0.0, "seed": 2}],
-    # with --set fake_updates=2 updates=12000: some ten minutes each where five share a GPU
-    "long": [TEACHER, {"beta": 1.1}, {"beta": 1.2}, {"beta": 1.1, "fake_updates": 4}, {}, FREE,
-             {"beta": 1.3}, {"beta": 1.1, "seed": 2}, {"beta": 1.1, "lr": 2e-4, "fake_lr": 4e-4}],
     # with --set fake_updates=2 dropout=0 beta=1.1: which of these is worth a long run?
     "screen": [TEACHER, {}, {"beta": 1.0}, {"beta": 1.3, "beta_at": "full"}, {"t_min": 0.1},
                {"share": 0.5}, {"fake_updates": 4}, FREE, {"scale": 3.0},
                {"lr": 2e-4, "fake_lr": 4e-4}, {"fake_lr": 6e-4}, {"t_min": 0.3},
                {"beta": 1.2, "beta_at": "full"}, {"dim": 256}, {"share": 1.0}],
-    "uniform": [DUO | {"updates": 0}, DUO, DUO | {"uniform_update": "marginal"}],
+    "uniform": [DUO | {"updates": 0}, DUO | {"pairing": "matched:1"}, DUO | {"pairing": "matched:4"},
+                DUO | {"pairing": "matched:1", "uniform_update": "marginal"}],
+    "teacher": [TEACHER], "one": [{"more": True}], "free": [FREE],     # what --set says
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
 STEPS, TEACHER_STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4)
