@@ -45,7 +45,7 @@ STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
 MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
 # Columns of the table on the terminal, and of the README's from results/NAME.json: those records
 # that have none of these keys, or for NAME.KEY those that have KEY alone of them
-VIEWS = {"extra", "knob", "row_entropy", "held_out_nll"}
+VIEWS = {"extra", "knob", "screen", "row_entropy", "held_out_nll"}
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
         "mauve seconds",
@@ -56,19 +56,21 @@ TABLES = {
     "novels_tuned.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
     "knobs.knob": "knob value steps gen_ppl_matched gen_ppl entropy known_words distinct4",
     "novels_knobs": "model schedule steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
-    "novels_uniform.knob": "knob value steps gen_ppl_matched gen_ppl entropy distinct4",
+    "novels_masked.knob": "knob value steps gen_ppl_matched gen_ppl entropy distinct4",
     "novels.row_entropy": "process model start update t_tilde row_entropy",
     "novels_grid.row_entropy": "process model start update t_tilde row_entropy",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant steps gen_ppl_matched gen_ppl entropy known_words copied",
-    "gpu": "model steps passes gen_ppl entropy bits_per_char known_words distinct4 repetition gm",
+    "onepass.screen": "variant sampler steps gen_ppl_matched gen_ppl entropy known_words copied",
+    "ship": "model schedule steps passes gen_ppl_matched gen_ppl entropy known_words distinct4 "
+        "repetition",
     "updates": "update steps gen_ppl_matched gen_ppl entropy known_words",
     "own_token": "words update own_token steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing_steps": "pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "schedule": "model judge schedule steps passes gen_ppl_matched gen_ppl entropy known_words",
-    "beta": "latent beta steps gen_ppl_matched gen_ppl entropy known_words",
+    "beta": "latent texts beta steps gen_ppl_matched gen_ppl entropy known_words",
     "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
 # Numbers that are no results, so that runs which differ in one are told apart

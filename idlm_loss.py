@@ -239,11 +239,15 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
     Where x_tilde is visible G is a given token and its terms have no gradient: they are left out,
     so the value is the share of the gap that the generator can change. Its gradient in G's logits
     is -weight * G * (a - <G, a>) with a = log f* - log f; none runs through x_t, teacher or fake.
+    It is a true gradient all the same: with the best fake its expectation is that of the integral
+    over t of KL(p_theta || p*), both noised to t, times -dalpha_t / alpha_t, which is 0 only at p*
+    as well (tests/test_theorem.py).
     Arguments as in `masked_fake_loss`; sigma: (B,) for the teacher.
 
     beta > 1 counts the fake's bound, whose minimum is the entropy of p_theta, beta times:
     KL(p_theta || p*) - (beta - 1) H(p_theta), minimal at p*^(1 / beta), normalised. A generator
     that cannot be p* seeks its modes; beta holds it apart, at the price of too many rare words.
+    A number, or (B,): one a text.
     """
     K, L = mask_id, is_masked.shape[1]
     h_g = generator.hidden(*eps)

@@ -9,9 +9,9 @@
 #   OUT_DIR  runs, one folder each; its log/NAME.txt is what NAME printed
 #   NAME     of the records: results/NAME.json, novels if not given
 #   PARTS    of masked, uniform, tune (uniform knobs), knobs (of the masked generators)
-#   UPDATES  of a masked generator; UNIFORM, RATE, FAKE, UBATCH, UFLAGS: updates, the two learning
-#            rates, batch and further flags of a uniform one; HEAD: start__update of that with every
-#            seed; KNOB, TUNE: updates of those whose knobs are turned, masked and uniform
+#   UPDATES  of a masked generator (rate 3e-5); UNIFORM, RATE, FAKE, UBATCH, UFLAGS: updates, the
+#            two learning rates, batch and further flags of a uniform one; HEAD: start__update of
+#            that with every seed; KNOB, TUNE: updates of those whose knobs are turned
 set -uf -o pipefail                    # no globbing: $NOVELS goes to Python as it is
 cd "$(dirname "$0")/.."
 NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-3600}
@@ -121,7 +121,7 @@ ALL="--metrics gen_ppl entropy distinct4 gm --num_texts $TEXTS"
 FEW="--metrics gen_ppl entropy distinct4 --num_texts $KNOB_TEXTS --steps 4 16"
 many="--steps 1024" middle="--steps 256" masked="--steps 256 512 1024"
 [ "${TINY:-}" ] && many="--steps 9" middle="--steps 6" masked="--steps 5 7"
-IDLM="--process mdlm --init_from $teacher --batch_size $BATCH"
+IDLM="--process mdlm --init_from $teacher --batch_size $BATCH --lr 3e-5"
 
 teachers() {
     job data - - 5 python results/novels.py tokens --data "$NOVELS" $NET

@@ -14,7 +14,8 @@ are. A run is a process of its own, forked off with the text in memory: it may c
 for a variant. It trains, samples, and writes results/onepass/NAME.json at once and whole; a NAME
 that is there is not run again. SIGTERM stops it all and leaves nothing half-written.
 
-merge writes results/onepass.json: README's table has the variants of --pick, the rest is "extra".
+merge writes results/onepass.json: README's table has the variants of --pick; the others of as many
+updates as BASE says are "screen", a table of its own, the rest is "extra".
 Temperatures as in evaluate.py: as many as bracket the entropy of held-out text, at most 6.
 
 overlap         share of equal tokens at equal positions, over all pairs of texts of a batch
@@ -151,15 +152,14 @@ class Network(DiT):
 
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
-    train.CLIP, train.FULL_NOISE, train.LATENT_BETA = run["clip"], run["share"], run["beta"]
+    train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
     train.stratified_times = lambda B, rng, _: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
-    if run["beta_at"] == "full":                           # only in texts that are all [MASK]
-        every = idlm_loss.masked_generator_loss
-        idlm_loss.masked_generator_loss = lambda *a, beta: every(*a, beta=torch.where(
-            (a[3][0] == a[8]).all(1), beta, 1.0))
+    if run["beta_at"] == "all":                            # not only in texts that are all [MASK]
+        gap = idlm_loss.masked_generator_loss
+        idlm_loss.masked_generator_loss = lambda *a, beta: gap(*a, beta=run["beta"])
     own, first = generator.gaussian_latent, None
 
     def own_and_texts(net, x, mask_id, rng):
@@ -180,10 +180,9 @@ def patch(run, start=None):
     generator.gaussian_latent = own_and_texts
     if run["latent"] == "gaussian" and run["told"] != "sigma":
         say = {"none": torch.zeros_like, "t": lambda sigma: (1 - (-sigma).exp()) / (1 - EPS)}
-        fake, gap = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
-        tell = say[run["told"]]
+        fake, told, tell = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss, say[run["told"]]
         idlm_loss.masked_fake_loss = lambda *a: fake(*a[:5], tell(a[5]), *a[6:])
-        idlm_loss.masked_generator_loss = lambda *a, **how: gap(*a[:6], tell(a[6]), *a[7:], **how)
+        idlm_loss.masked_generator_loss = lambda *a, **how: told(*a[:6], tell(a[6]), *a[7:], **how)
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def train_run(run, out, args, data):
                   batch_size=run["batch"], micro_batch=run["batch"], tokenizer=args.tokenizer,
                   device=args.device)
     if run["latent"] == "gaussian":
-        flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}"
+        flags |= {"latent": f"gaussian:{run['dim']}:{run['scale']}", "beta": run["beta"]}
     train.PRESETS["gpu"]["save_every"] = 10 ** 9
     train.run_stage(train.parse_args(["--preset", "gpu", "--stage", "idlm", args.compile,
                                       *(f"--{k}={v}" for k, v in flags.items())]), "idlm", data)
@@ -405,7 +404,8 @@ def go(args):
 
 def merge(args):
     """All runs in one list; held-out text once for each text and length. What README's table leaves
-    out is "extra", and of that temperature 1 alone is kept, for the size of the file."""
+    out is "extra", and of that temperature 1 alone is kept, for the size of the file. A picked
+    variant of a LABEL goes by that, and is then its "settings"."""
     found, real = [], {}
     for path in sorted(args.records.glob("*.json")):
         for record in evaluate.load_records(path):
@@ -414,13 +414,17 @@ def merge(args):
             if r["real"]:
                 real.setdefault((r["data"], r["block_size"]), r | {"variant": "held-out text"})
                 continue
-            picked = r["variant"] in ("teacher", *args.pick) and r["drawn"] == "fresh z"
+            r |= {"variant": args.pick[r["variant"]], "settings": r["variant"]} \
+                if r["variant"] in args.pick else {}
+            picked = r["variant"] in ("teacher", *args.pick.values()) and r["drawn"] == "fresh z" \
+                and r["sampler"] == "ancestral"
             if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
-                r["extra"] = True
+                first = r["drawn"] == "fresh z" and r["steps"] in (1, 4, 16) and not picked
+                r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
             if picked or r["temperature"] == 1:
                 found.append(r)
     found = [*real.values(), *found]
-    found.sort(key=lambda r: (r["data"], r["block_size"], not r["real"], r["variant"] != "teacher",
+    found.sort(key=lambda r: ("gpt2" in r["data"], r["data"], r["block_size"], not r["real"], r["variant"] != "teacher",
                               r["variant"], r["seed"], r.get("steps", 0)))
     evaluate.write_json(args.merged, found)
 
@@ -472,7 +476,7 @@ def plot(args):
     found = [*groups(args)]
     figure = Figure((5.5 * len(found), 4.2), dpi=180, layout="constrained")
     for ax, (title, real, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
-        for i, variant in enumerate(["teacher", *args.pick]):
+        for i, variant in enumerate(dict.fromkeys(["teacher", *args.pick.values()])):
             line = [*lines.get((variant, "fresh z", "ancestral"), {}).values()]
             x, y = [r["passes"] for r in line], [r["gen_ppl_matched"] or r["gen_ppl"] for r in line]
             ax.plot(x, y, "o-", color=f"C{i}", ms=4, lw=1.3, label=variant if line else None)
@@ -510,7 +514,8 @@ def main():
     add("--seconds", type=float, default=math.inf, help="start no run that would end later")
     add("--device", default="cuda")
     add("--commit", help="where git is missing")
-    add("--pick", nargs="+", default=["latent-free", "gaussian"], help="of README and plot")
+    add("--pick", nargs="+", default=["latent-free", "gaussian"], metavar="[LABEL: ]VARIANT",
+        help="of README and plot")
     add("--tiny", action="store_true", help="on a CPU, networks of no use, in out/onepass/tiny")
     args = p.parse_args()
     args.records, args.merged = Path("results/onepass"), Path("results/onepass.json")
@@ -519,6 +524,8 @@ def main():
         args.records = Path("out/onepass/tiny")
         args.merged, args.figure = Path("out/onepass/tiny.json"), Path("out/onepass/tiny.png")
         args.device, args.data, args.length = "cpu", "data/shakespeare.txt", [32]
+    args.pick = {variant: label or variant for label, _, variant in (
+        pick.rpartition(": ") for pick in args.pick)}
     args.name = "novels" if "novel" in args.data else Path(args.data).stem
     args.name += "-gpt2" * (args.tokenizer == "gpt2")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("onepass.py: stopped"))   # its runs with it

@@ -444,11 +444,11 @@ def test_runs_are_averaged_and_settings_kept_apart(tmp_path):
     assert "5 [4, open]" in single and len({len(line) for line in single.splitlines()}) == 1
     marked = [base | {"seed": 0, "distinct4": 0.125}, base | {"seed": 0, "knob": "lr", "value": "1e-4",
                                                               "distinct4": 0.25}]
-    (tmp_path / "novels_uniform.json").write_text(json.dumps(marked))
-    readme.write_text("<!-- table:novels_uniform --><!-- /table:novels_uniform -->")
+    (tmp_path / "novels_masked.json").write_text(json.dumps(marked))
+    readme.write_text("<!-- table:novels_masked --><!-- /table:novels_masked -->")
     evaluate.rewrite_tables(readme, tmp_path)
     assert "0.125" in readme.read_text() and "0.25" not in readme.read_text()
-    readme.write_text("<!-- table:novels_uniform.knob --><!-- /table:novels_uniform.knob -->")
+    readme.write_text("<!-- table:novels_masked.knob --><!-- /table:novels_masked.knob -->")
     evaluate.rewrite_tables(readme, tmp_path)              # the records that have the key
     assert "0.125" not in readme.read_text() and "1e-4" in readme.read_text()
     with pytest.raises(BadInput, match="toy.json"):

@@ -106,16 +106,20 @@ def test_fake_loss_is_the_dense_formula(chunk, rng, monkeypatch):
     assert_same(gradients(loss, fake), gradients(dense, fake))
 
 
-@pytest.mark.parametrize("chunk, beta", [(2 ** 27, 1.0), (3 * K, 1.0), (1, 1.0), (3 * K, 1.2)])
+@pytest.mark.parametrize("chunk, beta", [(2 ** 27, 1.0), (3 * K, 1.0), (1, 1.0), (3 * K, 1.2),
+                                         (2 ** 27, "a text"), (3 * K, "a text")])
 def test_generator_loss_is_the_dense_formula(chunk, beta, rng, monkeypatch):
     """The value is the dense gap at positions masked in x_tilde too, the gradient that of all of
-    it: where x_tilde is visible G is constant. beta counts the fake's part."""
+    it: where x_tilde is visible G is constant. beta counts the fake's part, a number or one for
+    each text."""
     monkeypatch.setattr(idlm_loss, "CHUNK_ELEMENTS", chunk)
     generator, fake, teacher, eps, is_masked, weight, sigma_fake = set_up(rng, latent_dim=3)
     sigma, shown = torch.zeros(B), Recorded(fake)
+    beta = 1 + torch.arange(B) / 4 if beta == "a text" else beta
     loss = masked_generator_loss(generator, shown, teacher, eps, is_masked, weight, sigma_fake,
                                  sigma, MASK, rng, beta=beta)
     x_t, G = shown.seen[0], dense_rows(generator, eps)
+    beta = beta[:, None] if torch.is_tensor(beta) else beta
     gap = (dense_nelbo(teacher, x_t, sigma, G, weight)
            - beta * dense_nelbo(fake, x_t, sigma_fake, G, weight))
     assert_same([loss], [gap[eps.x == MASK].sum() / (B * L)])

@@ -276,6 +276,25 @@ def test_the_gradient_is_that_of_kl_for_one_token_and_close_to_it_for_two(rng, m
     assert min(cosines[1:]) < 0.9999                       # and it is not the whole gradient
 
 
+@pytest.mark.parametrize("K, L, M", [(3, 1, 3), (3, 2, 3), (2, 3, 4), (3, 3, 2)])
+def test_the_gradient_is_that_of_a_weighed_kl_of_the_noised_laws(K, L, M, rng, monkeypatch):
+    """What is left when the draw is not differentiated is no approximation of a gradient but one:
+    that of D = integral of KL_t (-dalpha_t / alpha_t) dt, KL_t between the laws of p_theta and p*
+    noised to t. D >= 0, and 0 only at p*."""
+    process, p_star = Masked(K + 1), en.random_law(K ** L, rng)
+    generator = random_mixture(M, K, L, rng)
+    p, D = generator.law(), 0
+    for t, node in TIMES:                                  # exact: a polynomial in t
+        alpha, dalpha = process.alpha(t)
+        D = D + node * en.kl_at(process, t, p, p_star, L) * (-dalpha / alpha).item()
+    weighed = torch.autograd.grad(D, generator.logits)[0]
+    loss = L * exact_generator_loss(generator, masked_table(process, p.detach(), L),
+                                    masked_table(process, p_star, L), process, L, monkeypatch)
+    ours = torch.autograd.grad(loss, generator.logits)[0]
+    torch.testing.assert_close(ours, weighed, rtol=1e-10, atol=1e-12)
+    assert ours.norm() > 1e-3
+
+
 def test_the_alternation_with_an_exact_fake_reaches_the_teacher(rng, monkeypatch):
     """The code's generator step, the fake being the exact posterior at each: a mixture of products
     goes to a correlated p* (mostly 00 and 11), which no single product can hold."""

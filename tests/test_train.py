@@ -423,8 +423,14 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
             told = -(1 - (1 - EPS) * t_tilde).log() if "gaussian" in process else 0 * t
             assert torch.allclose(noise[2], told)
             assert "fake" in name or not noise[3].any()
-            beta = train.LATENT_BETA if "gaussian" in process else 1
-            assert how == ({"beta": beta} if "generator" in name else {})
+            if "fake" in name:
+                assert how == {}
+            elif "gaussian" in process:                      # in texts that are all [MASK]
+                blank = (args[3].x == args[-2]).all(1)
+                assert blank.any() and not blank.all()
+                assert torch.equal(how["beta"], torch.where(blank, 1.25, 1.0))
+            else:
+                assert how == {"beta": 1.0}
             masked = noise[0].float().mean(1)
             assert masked[t.argmax()] > masked[t.argmin()]
         elif loss == "uniform":
