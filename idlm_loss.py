@@ -239,15 +239,16 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
     Where x_tilde is visible G is a given token and its terms have no gradient: they are left out,
     so the value is the share of the gap that the generator can change. Its gradient in G's logits
     is -weight * G * (a - <G, a>) with a = log f* - log f; none runs through x_t, teacher or fake.
-    It is a true gradient all the same: with the best fake its expectation is that of the integral
-    over t of KL(p_theta || p*), both noised to t, times -dalpha_t / alpha_t, which is 0 only at p*
-    as well (tests/test_theorem.py).
+    It is a gradient all the same: with the best fake, and t drawn apart from eps, its expectation
+    is that of D / L, D = integral of KL_t (-dalpha_t / alpha_t) dt with KL_t = KL(p_theta || p*) of
+    the laws noised to t (tests/test_theorem.py). D, too, is 0 only at p*.
     Arguments as in `masked_fake_loss`; sigma: (B,) for the teacher.
 
-    beta > 1 counts the fake's bound, whose minimum is the entropy of p_theta, beta times:
-    KL(p_theta || p*) - (beta - 1) H(p_theta), minimal at p*^(1 / beta), normalised. A generator
-    that cannot be p* seeks its modes; beta holds it apart, at the price of too many rare words.
-    A number, or (B,): one a text.
+    beta > 1 counts the fake's bound, whose minimum is the entropy of p_theta, beta times. The gap
+    is then KL(p_theta || p*) - (beta - 1) H(p_theta), minimal at p*^(1 / beta), normalised; the
+    update, which weighs the noised laws as in D, stops near there. A generator that cannot be p*
+    seeks its modes; beta holds it apart, at the price of too many rare words. A number, or (B,):
+    one a text, which tunes the laws of those texts apart if the fake is told which they are.
     """
     K, L = mask_id, is_masked.shape[1]
     h_g = generator.hidden(*eps)

@@ -113,7 +113,7 @@ def parse_args(argv=None):
              "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
     add("--beta", type=float, metavar="BETA",
         help="--latent gaussian: weight of the fake's bound, p_theta's entropy, in texts all [MASK];\n"
-             "against mode seeking. Default 1.25, with GPT-2's words 1 (see results/README.md)")
+             "above 1 against mode seeking. Default: characters 1.25, GPT-2's words 1")
     add("--uniform_update", default="hard", metavar="{hard,marginal,soft}[:{weighed,ignored}]",
         help="of hard and marginal: G weighs in the token it stands on, or not (as published);\n"
              "default: weighed for GPT-2's words, ignored for characters (README says why)")
@@ -294,8 +294,9 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
         beta = 1.0
-        if s.beta != 1:                                      # where z alone tells texts apart
-            beta = torch.where((eps.x == process.mask_id).all(1), s.beta, 1.0)
+        if s.beta != 1:
+            blank = (eps.x == process.mask_id).all(1)        # z alone tells such texts apart
+            beta = torch.where(blank, s.beta, 1.0)
         return idlm_loss.masked_generator_loss(net, fake, teacher, eps, *noise, process.sigma(t),
                                                process.mask_id, rng, beta=beta)
     if soft:

@@ -11,7 +11,8 @@
 #   PARTS    of masked, uniform, tune (uniform knobs), knobs (of the masked generators)
 #   UPDATES  of a masked generator (rate 3e-5); UNIFORM, RATE, FAKE, UBATCH, UFLAGS: updates, the
 #            two learning rates, batch and further flags of a uniform one; HEAD: start__update of
-#            that with every seed; KNOB, TUNE: updates of those whose knobs are turned
+#            that with every seed; KNOB, TUNE: updates of those whose knobs are turned, masked and
+#            uniform
 set -uf -o pipefail                    # no globbing: $NOVELS goes to Python as it is
 cd "$(dirname "$0")/.."
 NOVELS=${NOVELS:-data/novels/*.txt.xz} OUT_DIR=${OUT_DIR:-out/novels} LIMIT=${LIMIT:-3600}

@@ -5,7 +5,8 @@
     python results/onepass.py best --set scale=4 updates=3600 --length 64 256
     python results/onepass.py best --tokenizer gpt2 --length 256 --compile
     python results/onepass.py merge table          a row a variant, the best one-pass text first
-    python results/onepass.py merge plot --pick "gaussian" "latent-free"     -> assets/onepass.png
+    python results/onepass.py merge plot           results/onepass.json and assets/onepass.png
+    python results/onepass.py merge plot --pick "a name: gaussian scale=3.0" "latent-free"
     python results/onepass.py first axes uniform best --tiny             all of it, on a CPU
 
 Teachers and judges are trained where missing, in out/onepass/DATA_L/ (with GPT-2's words
@@ -14,8 +15,9 @@ are. A run is a process of its own, forked off with the text in memory: it may c
 for a variant. It trains, samples, and writes results/onepass/NAME.json at once and whole; a NAME
 that is there is not run again. SIGTERM stops it all and leaves nothing half-written.
 
-merge writes results/onepass.json: README's table has the variants of --pick; the others of as many
-updates as BASE says are "screen", a table of its own, the rest is "extra".
+merge writes results/onepass.json: README's table has the variants of --pick, each by its LABEL; the
+others of as many updates as BASE says, with 1, 4 or 16 steps, are "screen", a table of its own, the
+rest is "extra".
 Temperatures as in evaluate.py: as many as bracket the entropy of held-out text, at most 6.
 
 overlap         share of equal tokens at equal positions, over all pairs of texts of a batch
@@ -81,13 +83,23 @@ TASKS = {                                # most important first; a run without "
                {"share": 0.5}, {"fake_updates": 4}, FREE, {"scale": 3.0},
                {"lr": 2e-4, "fake_lr": 4e-4}, {"fake_lr": 6e-4}, {"t_min": 0.3},
                {"beta": 1.2, "beta_at": "full"}, {"dim": 256}, {"share": 1.0}],
-    "uniform": [DUO | {"updates": 0}, DUO | {"pairing": "matched:1"}, DUO | {"pairing": "matched:4"},
+    "uniform": [DUO | {"updates": 0}, DUO | {"pairing": "matched:1"},
+                DUO | {"pairing": "matched:4"},
                 DUO | {"pairing": "matched:1", "uniform_update": "marginal"}],
     "teacher": [TEACHER], "one": [{"more": True}], "free": [FREE],     # what --set says
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
 STEPS, TEACHER_STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4)
 SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passes, in README
+SET = "fake_updates=2 dropout=0.0"
+BLANK = "beta=1.25 beta_at=full"         # 64, then 256 characters, then GPT-2's words
+PICK = [f"latent-free: latent-free {SET} updates=4500",
+        f"latent-free: latent-free {SET} updates=3500",
+        f"latent-free: latent-free {SET} batch=64 updates=2000",
+        f"gaussian, beta 1.25: gaussian {SET} updates=4500 {BLANK}",
+        f"gaussian, beta 1.25: gaussian {SET} updates=3500 {BLANK}",
+        f"gaussian, beta 1: gaussian {SET} batch=64 updates=2000",
+        f"uniform marginal: uniform marginal {SET} pairing=matched:1"]
 COPY = {"char": 20, "gpt2": 5}
 METRICS = {"char": "gen_ppl bits_per_char entropy known_words distinct4 gm".split(),
            "gpt2": "gen_ppl entropy distinct4 gm".split()}
@@ -157,7 +169,7 @@ def patch(run, start=None):
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
-    if run["beta_at"] == "all":                            # not only in texts that are all [MASK]
+    if run["latent"] == "gaussian" and run["beta_at"] == "all":     # also beside visible words
         gap = idlm_loss.masked_generator_loss
         idlm_loss.masked_generator_loss = lambda *a, beta: gap(*a, beta=run["beta"])
     own, first = generator.gaussian_latent, None
@@ -180,9 +192,10 @@ def patch(run, start=None):
     generator.gaussian_latent = own_and_texts
     if run["latent"] == "gaussian" and run["told"] != "sigma":
         say = {"none": torch.zeros_like, "t": lambda sigma: (1 - (-sigma).exp()) / (1 - EPS)}
-        fake, told, tell = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss, say[run["told"]]
+        fake, loss = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
+        tell = say[run["told"]]
         idlm_loss.masked_fake_loss = lambda *a: fake(*a[:5], tell(a[5]), *a[6:])
-        idlm_loss.masked_generator_loss = lambda *a, **how: told(*a[:6], tell(a[6]), *a[7:], **how)
+        idlm_loss.masked_generator_loss = lambda *a, **how: loss(*a[:6], tell(a[6]), *a[7:], **how)
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -414,18 +427,19 @@ def merge(args):
             if r["real"]:
                 real.setdefault((r["data"], r["block_size"]), r | {"variant": "held-out text"})
                 continue
-            r |= {"variant": args.pick[r["variant"]], "settings": r["variant"]} \
-                if r["variant"] in args.pick else {}
-            picked = r["variant"] in ("teacher", *args.pick.values()) and r["drawn"] == "fresh z" \
-                and r["sampler"] == "ancestral"
+            name, plain = r["variant"], (r["drawn"], r["sampler"]) == ("fresh z", "ancestral")
+            picked = plain and (name == "teacher" or name in args.pick)
+            if plain and name in args.pick:
+                r |= {"variant": args.pick[name], "settings": name}
             if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
                 first = r["drawn"] == "fresh z" and r["steps"] in (1, 4, 16) and not picked
                 r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
             if picked or r["temperature"] == 1:
                 found.append(r)
     found = [*real.values(), *found]
-    found.sort(key=lambda r: ("gpt2" in r["data"], r["data"], r["block_size"], not r["real"], r["variant"] != "teacher",
-                              r["variant"], r["seed"], r.get("steps", 0)))
+    found.sort(key=lambda r: ("gpt2" in r["data"], r["data"], r["block_size"], not r["real"],
+                              r["variant"] != "teacher", r["variant"], r["seed"],
+                              r.get("steps", 0)))
     evaluate.write_json(args.merged, found)
 
 
@@ -514,8 +528,8 @@ def main():
     add("--seconds", type=float, default=math.inf, help="start no run that would end later")
     add("--device", default="cuda")
     add("--commit", help="where git is missing")
-    add("--pick", nargs="+", default=["latent-free", "gaussian"], metavar="[LABEL: ]VARIANT",
-        help="of README and plot")
+    add("--pick", nargs="+", default=PICK, metavar="[LABEL: ]VARIANT",
+        help="what README and the plot show; runs of one LABEL, text and length are its seeds")
     add("--tiny", action="store_true", help="on a CPU, networks of no use, in out/onepass/tiny")
     args = p.parse_args()
     args.records, args.merged = Path("results/onepass"), Path("results/onepass.json")
