@@ -108,12 +108,10 @@ def parse_args(argv=None):
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
              "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
-    add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE]]}",
+    add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
-             "[MASK]: DIM numbers a position, SCALE times the embeddings' size, or 64 and 1")
-    add("--beta", type=float, metavar="BETA",
-        help="--latent gaussian: weight of the fake's bound, p_theta's entropy, in texts all [MASK];\n"
-             "above 1 against mode seeking. Default: characters 1.25, GPT-2's words 1")
+             "[MASK]: DIM numbers a position, SCALE times the embeddings' size (64, 1); there the\n"
+             "fake's bound counts BETA times, against mode seeking (characters 1.25, else 1)")
     add("--uniform_update", default="hard", metavar="{hard,marginal,soft}[:{weighed,ignored}]",
         help="of hard and marginal: G weighs in the token it stands on, or not (as published);\n"
              "default: weighed for GPT-2's words, ignored for characters (README says why)")
@@ -136,15 +134,15 @@ def parse_args(argv=None):
     if len(args.init_from) > (2 if args.stage == "idlm" else 1):
         raise BadInput(f"--init_from {' '.join(args.init_from)}: give a teacher and, for --stage "
                        "idlm, what the generator starts as")
-    latent = re.fullmatch(r"state|gaussian(?::([1-9]\d*)(?::(\d+\.?\d*))?)?", args.latent)
+    shape = r"state|gaussian(?::([1-9]\d*)(?::(\d+\.?\d*)(?::(\d+\.?\d*))?)?)?"
+    latent = re.fullmatch(shape, args.latent)
     if not latent:
-        raise BadInput(f"--latent {args.latent}: use state, gaussian or, say, gaussian:64:1")
-    args.latent, args.latent_dim, args.latent_scale = (
-        args.latent.split(":")[0], int(latent[1] or 64), float(latent[2] or 1))
+        raise BadInput(f"--latent {args.latent}: use state, gaussian or, say, gaussian:64:1:1.25")
+    args.latent, args.latent_dim, args.latent_scale, args.beta = (
+        args.latent.split(":")[0], int(latent[1] or 64), float(latent[2] or 1),
+        latent[3] and float(latent[3]))
     if args.latent == "gaussian" and args.process == "duo":
         raise BadInput("--latent gaussian is for the masked process: leave it out")
-    if args.beta is not None and args.latent != "gaussian":
-        raise BadInput(f"--beta {args.beta} is for --latent gaussian: leave it out")
     update = re.fullmatch(r"(hard|marginal|soft)(?:(?<!soft):(weighed|ignored))?",
                           args.uniform_update)
     if not update:

@@ -252,7 +252,7 @@ def train_run(run, out, args, data):
                   batch_size=run["batch"], micro_batch=run["batch"], tokenizer=args.tokenizer,
                   device=args.device)
     if run["latent"] == "gaussian":
-        flags |= {"latent": f"gaussian:{run['dim']}:{run['scale']}", "beta": run["beta"]}
+        flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}:{run['beta']}"
     train.PRESETS["gpu"]["save_every"] = 10 ** 9
     train.run_stage(train.parse_args(["--preset", "gpu", "--stage", "idlm", args.compile,
                                       *(f"--{k}={v}" for k, v in flags.items())]), "idlm", data)

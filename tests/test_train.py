@@ -763,8 +763,8 @@ def test_beta_follows_latent_and_tokenizer():
     def beta(*flags):
         return train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm").beta
     assert beta() == beta("--process=duo") == beta("--latent=gaussian", "--tokenizer=gpt2") == 1
-    assert beta("--latent=gaussian") == 1.25 and beta("--latent=gaussian", "--beta=1") == 1
-    assert beta("--latent=gaussian", "--tokenizer=gpt2", "--beta=1.1") == 1.1
+    assert beta("--latent=gaussian:8:2") == 1.25 and beta("--latent=gaussian:8:2:1") == 1
+    assert beta("--latent=gaussian:64:1:1.1", "--tokenizer=gpt2") == 1.1
 
 
 def test_flag_before_stage_before_preset():
@@ -817,8 +817,7 @@ def test_device_of_a_process(monkeypatch):
     ("--pairing none", "--pairing none: use independent or matched"),
     ("--pairing matched:0", "--pairing matched:0: use independent or matched"),
     ("--process duo --uniform_update soft --pairing matched:4", "has the Gaussian's clock"),
-    ("--beta 1.2", "--beta 1.2 is for --latent gaussian: leave it out"),
-    ("--process duo --beta 1", "--beta 1.0 is for --latent gaussian"),
+    ("--latent gaussian:8:1:", "--latent gaussian:8:1:: use state, gaussian or"),
     ("--latent gaussian:0", "--latent gaussian:0: use state"),
     ("--latent state:8", "--latent state:8: use state"),
     ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),
