@@ -26,9 +26,9 @@ def args():
     device = torch.device("cpu")
     return argparse.Namespace(
         mode="train", process="duo", uniform_update="hard", latent="state", beta=1.0,
-        own_token="weighed", batch_size=2, block_size=128, num_layers=2, num_heads=2, width=64, iters=3, dropout=0.1,
-        ema=True, compile=False, device=device, cuda=False, where={"device": "NVIDIA H200"},
-        amp=torch.autocast("cpu", enabled=False))
+        own_token="weighed", batch_size=2, block_size=128, num_layers=2, num_heads=2, width=64,
+        iters=3, dropout=0.1, ema=True, compile=False, device=device, cuda=False,
+        where={"device": "NVIDIA H200"}, amp=torch.autocast("cpu", enabled=False))
 
 
 @pytest.fixture(autouse=True)
