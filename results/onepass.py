@@ -57,12 +57,13 @@ import idlm_loss
 import train
 from data import BadInput, TextData
 from model import DiT, to_device
-from teacher import EPS, stratified_times
+from teacher import EPS, Masked, stratified_times
 
 BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
-            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all")
+            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", masks=1,
+            blank_t_min=0.0)
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -86,7 +87,7 @@ TASKS = {                                # most important first; a run without "
     "uniform": [DUO | {"updates": 0}, DUO | {"pairing": "matched:1"},
                 DUO | {"pairing": "matched:4"},
                 DUO | {"pairing": "matched:1", "uniform_update": "marginal"}],
-    "teacher": [TEACHER], "one": [{"more": True}], "free": [FREE],     # what --set says
+    "teacher": [TEACHER], "plain": [{}], "one": [{"more": True}], "free": [FREE],  # what --set says
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
 STEPS, TEACHER_STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4)
@@ -172,6 +173,23 @@ def patch(run, start=None):
     if run["latent"] == "gaussian" and run["beta_at"] == "all":     # also beside visible words
         gap = idlm_loss.masked_generator_loss
         idlm_loss.masked_generator_loss = lambda *a, beta: gap(*a, beta=run["beta"])
+    if run["masks"] > 1 or run["blank_t_min"]:
+        gap_once = idlm_loss.masked_generator_loss
+
+        def gap_of_many(net, fake, teacher, eps, is_masked, weight, told, sigma, K, rng, beta):
+            """Each text noised `masks` times; where it is blank, at times spread over
+            [blank_t_min, 1]."""
+            process, n, low = Masked(K + 1), run["masks"], max(run["blank_t_min"], run["t_min"])
+            blank, t = (eps[0] == K).all(1), 1 / weight.double()
+            u = ((t - run["t_min"]) / (1 - run["t_min"])).clamp(0, 1)
+            ts = [torch.where(blank, low + (1 - low) * ((u + j / n) % 1), t).to(weight)
+                  for j in range(n)]
+            masks = torch.cat([process.draw_mask(t, is_masked.shape[1], rng) for t in ts])
+            weights = torch.cat([process.weight(t) for t in ts])
+            many = beta.repeat(n) if torch.is_tensor(beta) else beta
+            return gap_once(net, fake, teacher, eps, masks, weights, told.repeat(n),
+                            sigma.repeat(n), K, rng, beta=many)
+        idlm_loss.masked_generator_loss = gap_of_many
     own, first = generator.gaussian_latent, None
 
     def own_and_texts(net, x, mask_id, rng):
@@ -207,7 +225,7 @@ def variant_of(run):
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "share", "beside", "told", "start",
-             "t_min", "beta", "beta_at"] * (run["latent"] == "state")
+             "t_min", "beta", "beta_at", "masks", "blank_t_min"] * (run["latent"] == "state")
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
 
@@ -324,14 +342,14 @@ def work(run, sizes, args, data, gpu):
 
 def runs_of(sizes, args):
     """The runs of the tasks that have no records yet, in order."""
-    base, chosen = dict(BASE), {}
+    base, chosen = {"seed": 1} | BASE, {}
     for key, _, value in (pair.partition("=") for pair in args.set):
-        if key not in BASE:
-            raise BadInput(f"--set {key}: no such setting, choose from {' '.join(BASE)}")
-        base[key] = type(BASE[key])(value)
+        if key not in base:
+            raise BadInput(f"--set {key}: no such setting, choose from {' '.join(base)}")
+        base[key] = type(base[key])(value)
     for length in args.length:
         for change in (change for task in args.tasks for change in TASKS[task]):
-            run = {"seed": 1} | base | {"data": args.name, "length": length} | change
+            run = base | {"data": args.name, "length": length} | change
             run |= {k: min(run[k], sizes.get(k, run[k])) for k in ("updates", "batch")}
             if not (args.records / (name_of(run) + ".json")).exists():
                 chosen.setdefault(name_of(run), run)
