@@ -116,7 +116,8 @@ class Network(DiT):
 
     embedding  own, projected, added to the embedding: the program's        text  the text's, so
     adaLN      the text's, projected, added to the noise level's embedding  +     both
-    tokens     own, as a random word at every second [MASK], its embedding added to that of [MASK]
+    tokens     own, as a random word at every second [MASK], its embedding added to that of [MASK];
+               all-tokens: at every one; embedding+tokens: both
 
     In texts that are all [MASK]; with beside=fresh at every [MASK], with fixed the same z at every
     pass over a text.
@@ -144,10 +145,10 @@ class Network(DiT):
         if d > self.config.latent_dim:                     # the text's: of its first [MASK]
             at = (z != 0).any(-1).float().argmax(1)
             text = z[torch.arange(len(z), device=z.device), at, self.config.latent_dim:]
-        if self.where == "tokens":
-            K = self.config.vocab_size - 1
+        if "tokens" in self.where:
+            K, among = self.config.vocab_size - 1, own[..., 1:2]
             word = (torch.special.ndtr(own[..., 0]) * K).long().clamp(max=K - 1)
-            h = h + self.vocab_embed(word) * (own[..., 1:2] > 0)
+            h = h + self.vocab_embed(word) * (among != 0 if "all" in self.where else among > 0)
         if self.where == "text":
             h = h + self.latent_proj(text)[:, None] * (own != 0).any(-1, keepdim=True)
         if self.where.startswith("embedding"):
@@ -201,7 +202,7 @@ def patch(run, start=None):
             if run["beside"] == "fixed" and not net.training and len(first) == len(z):
                 z = first                                  # of the pass that began these texts
             z = z * to_device(x == mask_id, z.device)[..., None]
-        if z is None or run["where"] in ("embedding", "tokens"):
+        if z is None or run["where"] == "embedding" or "tokens" in run["where"]:
             return z
         texts = torch.randn(len(z), 1, z.shape[2], device=z.device,
                             generator=idlm_loss.device_rng(rng, z.device))
