@@ -30,18 +30,24 @@ class Latent(NamedTuple):
     """eps, the inputs of the generator's network in its order: net.hidden(*eps)."""
     x: torch.Tensor                         # x_tilde: (B, L) tokens, or a soft input (model.py)
     sigma: torch.Tensor                     # (B,)
-    z: torch.Tensor = None                  # (B, L, latent_dim), 0 in texts with a visible word
+    z: torch.Tensor = None                  # (B, L, latent_dim) or (B, L) words, see added_latent
 
 
-def gaussian_latent(net, x, mask_id, rng):
-    """z ~ N(0, 1) for the texts of x (B, L) that are all [MASK], or None for a network without a
-    latent. Visible words tell texts apart already: z beside them was no better in one pass and
-    worse from four on (results/laptop_latent.json)."""
-    if not net.config.latent_dim:
+def added_latent(net, x, mask_id, rng):
+    """z for the texts of x (B, L) that are all [MASK], or None for a network without a latent:
+    N(0, 1), in the other texts 0; or even draws from the vocabulary at a share of the positions,
+    elsewhere -1. Visible words tell texts apart already: z beside them was no better in one pass
+    and worse from four on (results/laptop_latent.json)."""
+    config, device = net.config, net.device
+    if not (config.latent_dim or config.latent_words):
         return None
-    rng = device_rng(rng, net.device)
-    z = torch.randn(*x.shape, net.config.latent_dim, generator=rng, device=net.device)
-    return z * to_device((x == mask_id).all(1), net.device)[:, None, None]
+    rng, blank = device_rng(rng, device), to_device((x == mask_id).all(1), device)
+    if config.latent_dim:
+        z = torch.randn(*x.shape, config.latent_dim, generator=rng, device=device)
+        return z * blank[:, None, None]
+    words = torch.randint(mask_id, x.shape, generator=rng, device=device)
+    here = torch.rand(x.shape, generator=rng, device=device) < config.latent_words
+    return torch.where(here & blank[:, None], words, -1)
 
 
 def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
@@ -55,7 +61,7 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
     x = process.corrupt(x_0, t_tilde, rng)
     if isinstance(process, Masked):         # alpha(1) is 1e-3, but sampling starts without any word
         x = x.masked_fill((t_tilde == 1)[:, None], process.mask_id)
-    z = gaussian_latent(net, x, process.K, rng) if isinstance(process, Masked) else None
+    z = added_latent(net, x, process.K, rng) if isinstance(process, Masked) else None
     return Latent(x, process.sigma(t_tilde), z)
 
 
@@ -163,7 +169,7 @@ def sample_masked(net, process, x, is_masked, times, rng, how, *, callback, **_)
             chosen, here = texts_and_rows(reveal, device)
             x_in = x[chosen]
             sigma = torch.zeros(len(x_in), device=device)
-            z = gaussian_latent(net, x_in, process.mask_id, rng)
+            z = added_latent(net, x_in, process.mask_id, rng)
             if z is not None:
                 h = net.hidden(x_in, sigma, z)
             elif blank:

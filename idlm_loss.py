@@ -250,11 +250,11 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
     seeks its modes; beta holds it apart, at the price of too many rare words. A number, or (B,):
     one a text, which tunes the laws of those texts apart if the fake is told which they are.
     """
-    K, L, times = mask_id, is_masked.shape[1], len(is_masked) // len(eps[0])
-    x_tilde, h_g = eps[0].repeat(times, 1), generator.hidden(*eps).repeat(times, 1, 1)
-    rows = flat_rows((x_tilde == mask_id) & is_masked, h_g.device)
+    K, L = mask_id, is_masked.shape[1]
+    h_g = generator.hidden(*eps)
+    rows = flat_rows((eps[0] == mask_id) & is_masked, h_g.device)
     with torch.no_grad():
-        x_t = renoise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng)
+        x_t = renoise_masked(generator, h_g, eps[0], is_masked, mask_id, rng)
         h_f = fake.hidden(x_t, sigma_fake).flatten(0, 1)[rows]
         h_t = teacher.hidden(x_t, sigma).flatten(0, 1)[rows]
     if torch.is_tensor(beta):

@@ -9,7 +9,8 @@ load without a table of renamings. There is no diffusion in this file.
     x       (B, L) int64 tokens, or (B, L, V) simplex rows, or a pair (weights, ids), each
             (B, L, k): a simplex row of which only k entries are not 0
     sigma   (B,) noise level -log alpha_t, 0 where time conditioning is off
-    z       (B, L, latent_dim) or None: a random latent, added to the embedding (generator.py)
+    z       None, or a random latent added to the embedding (generator.py): (B, L, latent_dim)
+            numbers, or (B, L) words, -1 for none
 
 `hidden` and `project` are apart on purpose: the vocabulary projection of GPT-2's 50,257 tokens
 costs more than a third of the trunk, and most callers need it at a few positions only.
@@ -37,6 +38,7 @@ class ModelConfig:
     causal: bool = False        # True: an autoregressive model (the judge)
     latent_dim: int = 0         # > 0: the network takes a Gaussian latent z (generator.py)
     latent_scale: float = 1.0   # of its random projection, in units of the embedding's size
+    latent_words: float = 0.0   # > 0: or words as z, at this share of the positions
 
     def __post_init__(self):
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
@@ -222,7 +224,9 @@ class DiT(nn.Module):
             else to_device(x, self.device)
         h = self.vocab_embed(x)
         if z is not None:
-            h = h + self.latent_proj(to_device(z, self.device).to(h.dtype))
+            z = to_device(z, self.device)
+            h = h + (self.latent_proj(z.to(h.dtype)) if self.config.latent_dim else
+                     self.vocab_embed(z.clamp(min=0)) * (z >= 0)[..., None])
         sigma = to_device(sigma, self.device).to(h.dtype)
         return self.trunk(h, sigma, *self.drawn(h))
 

@@ -32,7 +32,7 @@ from torch import nn
 
 import idlm_loss as losses
 from checkpoint import provenance
-from generator import Latent, draw_latent, gaussian_latent, generate_probs
+from generator import Latent, draw_latent, added_latent, generate_probs
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform, duo_loss, mdlm_loss, stratified_times
 
@@ -137,7 +137,7 @@ def law(net, process, steps, rng, draws=2 ** 15):          # -> p_theta (K, K), 
         copies = draws // len(x) if net.config.latent_dim else 1
         weight, x = P[x[:, 0], x[:, 1]].repeat(copies) / copies, x.repeat(copies, 1)
         sigma = process.sigma(t[:1]).float().expand(len(x))
-        eps = Latent(x, sigma, gaussian_latent(net, x, K, rng))
+        eps = Latent(x, sigma, added_latent(net, x, K, rng))
         rows = generate_probs(net, process, eps).double()
         if masked:
             reveal = torch.where(x == K, (alpha_s - alpha_t) / (1 - alpha_t), 1)[..., None]

@@ -72,8 +72,8 @@ PRESETS = {
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
-FULL_NOISE = 0.25                    # --latent gaussian: share of texts at t_tilde = 1, and smallest
-FULL_NOISE_T_MIN = 0.01              # t: their gap is large, and 1 / t would let the smallest t rule
+FULL_NOISE = 0.5                     # with an added latent: share of texts at t_tilde = 1, and
+FULL_NOISE_T_MIN = 0.3               # smallest t: their gap is large, 1 / t would let small t rule
 CLIP = 1.0                           # gradient norm
 
 
@@ -108,10 +108,12 @@ def parse_args(argv=None):
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
              "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
-    add("--latent", default="state", metavar="{state,gaussian[:DIM[:SCALE[:BETA]]]}",
+    add("--latent", default="state",
+        metavar="{state,words[:SHARE[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
-             "[MASK]: DIM numbers a position, SCALE times the embeddings' size (64, 1); there the\n"
-             "fake's bound counts BETA times, against mode seeking (characters 1.25, else 1)")
+             "[MASK]: random words at a SHARE (0.5) of the positions, or DIM numbers at each, SCALE\n"
+             "times the embeddings' size (64, 1); there the fake's bound counts BETA times, against\n"
+             "mode seeking (characters 1.15, else 1)")
     add("--uniform_update", default="hard", metavar="{hard,marginal,soft}[:{weighed,ignored}]",
         help="of hard and marginal: G weighs in the token it stands on, or not (as published);\n"
              "default: weighed for GPT-2's words, ignored for characters (README says why)")
@@ -134,15 +136,17 @@ def parse_args(argv=None):
     if len(args.init_from) > (2 if args.stage == "idlm" else 1):
         raise BadInput(f"--init_from {' '.join(args.init_from)}: give a teacher and, for --stage "
                        "idlm, what the generator starts as")
-    shape = r"state|gaussian(?::([1-9]\d*)(?::(\d+\.?\d*)(?::(\d+\.?\d*))?)?)?"
-    latent = re.fullmatch(shape, args.latent)
-    if not latent:
-        raise BadInput(f"--latent {args.latent}: use state, gaussian or, say, gaussian:64:1:1.25")
-    args.latent, args.latent_dim, args.latent_scale, args.beta = (
-        args.latent.split(":")[0], int(latent[1] or 64), float(latent[2] or 1),
-        latent[3] and float(latent[3]))
-    if args.latent == "gaussian" and args.process == "duo":
-        raise BadInput("--latent gaussian is for the masked process: leave it out")
+    number = r"(?::(\d+\.?\d*))"
+    latent = re.fullmatch(rf"state|words(?:{number}{number}?)?"
+                          rf"|gaussian(?::([1-9]\d*)(?:{number}{number}?)?)?", args.latent)
+    share, *betas, dim, scale, beta = latent.groups() if latent else [0] * 5
+    if not latent or not 0 < float(share or 0.5) <= 1:
+        raise BadInput(f"--latent {args.latent}: use state, words, gaussian or, say, words:0.5:1.15")
+    args.latent, args.latent_dim, args.latent_scale, args.latent_words = (
+        args.latent.split(":")[0], int(dim or 64), float(scale or 1), float(share or 0.5))
+    args.beta = next((float(b) for b in (*betas, beta) if b), None)
+    if args.latent != "state" and args.process == "duo":
+        raise BadInput(f"--latent {args.latent} is for the masked process: leave it out")
     update = re.fullmatch(r"(hard|marginal|soft)(?:(?<!soft):(weighed|ignored))?",
                           args.uniform_update)
     if not update:
@@ -198,7 +202,7 @@ def settings_of(args, stage):
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
     if s.beta is None:
-        s.beta = 1.25 if s.latent == "gaussian" and s.tokenizer == "char" else 1.0
+        s.beta = 1.15 if s.latent != "state" and s.tokenizer == "char" else 1.0
     uniform = s.process == "duo"
     soft = uniform and s.uniform_update == "soft"
     if not s.pairing:
@@ -287,7 +291,7 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     if s.process == "mdlm":
         # With the added latent many texts start from pure [MASK], and what the fake should say of
         # a text depends on the t_tilde it came from: its sigma input, otherwise unused, tells it.
-        told = -process.alpha(t_tilde)[0].log() if s.latent == "gaussian" else process.sigma(t)
+        told = -process.alpha(t_tilde)[0].log() if s.latent != "state" else process.sigma(t)
         noise = process.draw_mask(t, L, rng), process.weight(t), told
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
@@ -354,9 +358,11 @@ def run_stage(args, stage, data):
     if stage in ("dcd", "idlm"):
         teacher, begin, names = load_networks(s, data, saved)
         meta |= names
-        latent_dim = s.latent_dim if stage == "idlm" and s.latent == "gaussian" else 0
-        config = replace(teacher.config, latent_dim=latent_dim, latent_scale=s.latent_scale,
-                         dropout=s.dropout)
+        config, kind = replace(teacher.config, dropout=s.dropout), s.latent * (stage == "idlm")
+        if kind == "gaussian":
+            config = replace(config, latent_dim=s.latent_dim, latent_scale=s.latent_scale)
+        elif kind == "words":
+            config = replace(config, latent_words=s.latent_words)
     flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
     meta |= {"config": asdict(config), "args": flags}
     method = "pairing", "grid", "own_token", "uniform_update", "beta"
@@ -376,7 +382,7 @@ def run_stage(args, stage, data):
     main, fake = Trainee(net, s.lr, s), None
     kept = {"ema": main.ema, "main": net, "main_optimizer": main.optimizer}    # for --resume
     if stage == "idlm":
-        fake = DiT(replace(config, latent_dim=0)).to(s.device, s.weights)
+        fake = DiT(replace(teacher.config, dropout=s.dropout)).to(s.device, s.weights)
         fake.load_state_dict(teacher.state_dict())
         follower = Trainee(fake, s.fake_lr, s, averaged=False)
         kept |= {"fake": fake, "fake_optimizer": follower.optimizer}
@@ -397,13 +403,14 @@ def run_stage(args, stage, data):
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
         x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
-        t_min = FULL_NOISE_T_MIN if config.latent_dim else EPS
+        added = config.latent_dim or config.latent_words
+        t_min = FULL_NOISE_T_MIN if added else EPS
         t, t_tilde = (stratified_times(s.batch_size, rng, t_min) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
         if s.grid:
             t_tilde = (t_tilde * s.grid).ceil() / s.grid
-        if config.latent_dim:
+        if added:
             t_tilde[torch.rand(s.batch_size, generator=rng) < FULL_NOISE] = 1.0
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
         return x_0, t[m::M], t_tilde[m::M], rng

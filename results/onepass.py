@@ -57,13 +57,12 @@ import idlm_loss
 import train
 from data import BadInput, TextData
 from model import DiT, to_device
-from teacher import EPS, Masked, stratified_times
+from teacher import EPS, stratified_times
 
 BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
-            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", masks=1,
-            blank_t_min=0.0)
+            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", words=0.5)
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -71,7 +70,7 @@ TASKS = {                                # most important first; a run without "
               {"beside": "fresh"}, {"fake_updates": 2}, {"t_min": EPS},
               {"pairing": "independent"}, {"share": 0.5}, {"dropout": 0.0}, {"scale": 3.0},
               {"where": "embedding+adaLN"}, {"told": "none"}, {"share": 0.1}, {"share": 1.0},
-              {"where": "tokens"}, {"lr": 2e-4, "fake_lr": 4e-4}],
+              {"latent": "words"}, {"lr": 2e-4, "fake_lr": 4e-4}],
     "axes": [{"beside": "fixed"}, {"scale": 0.35}, {"lr": 5e-5}, {"where": "adaLN"},
              {"lr": 3e-4, "fake_lr": 6e-4}, {"fake_lr": 4e-4}, {"fake_updates": 4}, {"scale": 8.0},
              {"start": "latent-free"}, {"dim": 16}, {"dim": 256}, {"where": "text"}, {"told": "t"},
@@ -116,8 +115,6 @@ class Network(DiT):
 
     embedding  own, projected, added to the embedding: the program's        text  the text's, so
     adaLN      the text's, projected, added to the noise level's embedding  +     both
-    tokens     own, as a random word at every second [MASK], its embedding added to that of [MASK];
-               all-tokens: at every one; embedding+tokens: both
 
     In texts that are all [MASK]; with beside=fresh at every [MASK], with fixed the same z at every
     pass over a text.
@@ -145,10 +142,6 @@ class Network(DiT):
         if d > self.config.latent_dim:                     # the text's: of its first [MASK]
             at = (z != 0).any(-1).float().argmax(1)
             text = z[torch.arange(len(z), device=z.device), at, self.config.latent_dim:]
-        if "tokens" in self.where:
-            K, among = self.config.vocab_size - 1, own[..., 1:2]
-            word = (torch.special.ndtr(own[..., 0]) * K).long().clamp(max=K - 1)
-            h = h + self.vocab_embed(word) * (among != 0 if "all" in self.where else among > 0)
         if self.where == "text":
             h = h + self.latent_proj(text)[:, None] * (own != 0).any(-1, keepdim=True)
         if self.where.startswith("embedding"):
@@ -171,45 +164,30 @@ def patch(run, start=None):
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
-    if run["latent"] == "gaussian" and run["beta_at"] == "all":     # also beside visible words
+    if run["latent"] != "state" and run["beta_at"] == "all":        # also beside visible words
         gap = idlm_loss.masked_generator_loss
         idlm_loss.masked_generator_loss = lambda *a, beta: gap(*a, beta=run["beta"])
-    if run["masks"] > 1 or run["blank_t_min"]:
-        gap_once = idlm_loss.masked_generator_loss
-
-        def gap_of_many(net, fake, teacher, eps, is_masked, weight, told, sigma, K, rng, beta):
-            """Each text noised `masks` times; where it is blank, at times spread over
-            [blank_t_min, 1]."""
-            process, n, low = Masked(K + 1), run["masks"], max(run["blank_t_min"], run["t_min"])
-            blank, t = (eps[0] == K).all(1), 1 / weight.double()
-            u = ((t - run["t_min"]) / (1 - run["t_min"])).clamp(0, 1)
-            ts = [torch.where(blank, low + (1 - low) * ((u + j / n) % 1), t).to(weight)
-                  for j in range(n)]
-            masks = torch.cat([process.draw_mask(t, is_masked.shape[1], rng) for t in ts])
-            weights = torch.cat([process.weight(t) for t in ts])
-            many = beta.repeat(n) if torch.is_tensor(beta) else beta
-            return gap_once(net, fake, teacher, eps, masks, weights, told.repeat(n),
-                            sigma.repeat(n), K, rng, beta=many)
-        idlm_loss.masked_generator_loss = gap_of_many
-    own, first = generator.gaussian_latent, None
+    own, first = generator.added_latent, None
 
     def own_and_texts(net, x, mask_id, rng):
         nonlocal first
         z = own(net, x, mask_id, rng)
-        if z is not None and run["beside"] != "none":      # at every [MASK], beside words too
+        if z is None or run["latent"] == "words":
+            return z
+        if run["beside"] != "none":                        # at every [MASK], beside words too
             z = own(net, torch.full_like(x, mask_id), mask_id, rng)
             first = z if (x == mask_id).all() or first is None else first
             if run["beside"] == "fixed" and not net.training and len(first) == len(z):
                 z = first                                  # of the pass that began these texts
             z = z * to_device(x == mask_id, z.device)[..., None]
-        if z is None or run["where"] == "embedding" or "tokens" in run["where"]:
+        if run["where"] == "embedding":
             return z
         texts = torch.randn(len(z), 1, z.shape[2], device=z.device,
                             generator=idlm_loss.device_rng(rng, z.device))
         return torch.cat([z, texts * (z != 0).any(-1, keepdim=True)], -1)
 
-    generator.gaussian_latent = own_and_texts
-    if run["latent"] == "gaussian" and run["told"] != "sigma":
+    generator.added_latent = own_and_texts
+    if run["latent"] != "state" and run["told"] != "sigma":
         say = {"none": torch.zeros_like, "t": lambda sigma: (1 - (-sigma).exp()) / (1 - EPS)}
         fake, loss = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
         tell = say[run["told"]]
@@ -220,13 +198,15 @@ def patch(run, start=None):
 # ---- one run ------------------------------------------------------------------------------------
 
 def variant_of(run):
-    kind = "latent-free" if run["latent"] == "state" else "gaussian"
+    kind = "latent-free" if run["latent"] == "state" else run["latent"]
     kind = kind if run["process"] == "mdlm" else f"uniform {run['uniform_update']}"
     if not run["updates"]:
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
-    skip += ["where", "dim", "scale", "share", "beside", "told", "start",
-             "t_min", "beta", "beta_at", "masks", "blank_t_min"] * (run["latent"] == "state")
+    skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
+    skip += ["share", "told", "beta", "beta_at"] * (run["latent"] == "state")
+    skip += ["words"] * (run["latent"] != "words") + ["t_min"] * (run["latent"] == "state"
+                                                                  and run["t_min"] == EPS)
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
 
@@ -272,6 +252,8 @@ def train_run(run, out, args, data):
                   device=args.device)
     if run["latent"] == "gaussian":
         flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}:{run['beta']}"
+    elif run["latent"] == "words":
+        flags["latent"] = f"words:{run['words']}:{run['beta']}"
     train.PRESETS["gpu"]["save_every"] = 10 ** 9
     train.run_stage(train.parse_args(["--preset", "gpu", "--stage", "idlm", args.compile,
                                       *(f"--{k}={v}" for k, v in flags.items())]), "idlm", data)
