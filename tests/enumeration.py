@@ -126,7 +126,8 @@ class Table:
 
     def __init__(self, logits, V):
         self.logits, self.V, self.device = logits, V, logits.device
-        self.config, self.training, self.seen = SimpleNamespace(latent_dim=0), False, []
+        self.config, self.training, self.seen = SimpleNamespace(latent_dim=0, latent_words=0), \
+            False, []
 
     def hidden(self, x, sigma=None, z=None):
         self.seen.append(x)

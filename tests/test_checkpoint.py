@@ -458,10 +458,12 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
 
 # ---- export -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("process, words, latent_dim", [("mdlm", 13, 0), ("mdlm", 13, 6),
-                                                        ("duo", 12, 0), ("duo", 13, 0)])
-def test_export_and_import_are_the_identity(tmp_path, process, words, latent_dim):
-    net = small_net(vocab_size=words, latent_dim=latent_dim, dropout=0.25)
+@pytest.mark.parametrize("process, words, latent_dim, latent_words", [
+    ("mdlm", 13, 0, 0), ("mdlm", 13, 6, 0), ("mdlm", 13, 0, 0.5), ("duo", 12, 0, 0),
+    ("duo", 13, 0, 0)])
+def test_export_and_import_are_the_identity(tmp_path, process, words, latent_dim, latent_words):
+    net = small_net(vocab_size=words, latent_dim=latent_dim, latent_words=latent_words,
+                    dropout=0.25)
     save(tmp_path / "idlm.pt", state_of(net, process, stage="idlm", latent="gaussian"))
     net, meta = load_network(tmp_path / "idlm.pt")
     checkpoint.export(net, meta, tmp_path / "out")

@@ -132,7 +132,8 @@ def kill_after(monkeypatch, step):
 # ---- stages -------------------------------------------------------------------------------------
 
 STAGES = ["--stage teacher", "--stage idlm", "--stage idlm --latent gaussian",
-          "--stage idlm --pairing matched --fake_updates 2", "--stage judge",
+          "--stage idlm --latent words:0.25", "--stage idlm --pairing matched --fake_updates 2",
+          "--stage judge",
           "--process duo --stage teacher", "--process duo --stage dcd",
           "--process duo --stage idlm", "--process duo --stage idlm --uniform_update marginal",
           "--process duo --stage idlm --uniform_update soft",
@@ -159,6 +160,7 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
         (4, 4, args.stage, is_a, 16)
     assert net.config.causal == (is_a == "ar") and net.config.dropout == 0.1
     assert net.config.latent_dim == (args.latent_dim if args.latent == "gaussian" else 0)
+    assert net.config.latent_words == (0.25 if args.latent == "words" else 0)
     assert all(p.isfinite().all() for p in net.parameters())
     if args.stage in ("dcd", "idlm"):        # it goes some way from where it starts
         assert (meta["teacher"], meta["start"]) == (str(teacher), str(start))
@@ -236,7 +238,7 @@ def test_judge_predicts_the_next_token(monkeypatch):
 
 # ---- the flow of one stage ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags", ["", "--latent gaussian", "--process duo",
+@pytest.mark.parametrize("flags", ["", "--latent gaussian", "--latent words", "--process duo",
                                    "--process duo --uniform_update soft"])
 def test_who_learns(flags, teachers, monkeypatch):
     """The fake starts as the teacher, the generator too unless there is a DCD student; each step
@@ -329,21 +331,21 @@ def test_micro_batches_are_parts_of_one_batch(flags, finished, monkeypatch):
 
 
 def test_times(finished, monkeypatch):
-    """t is stratified; matched: t_tilde comes from the slice of t; independent: from any. Gaussian
-    latent: a quarter of the texts starts at t_tilde = 1, and t from 0.01, but not the teacher's.
+    """t is stratified; matched: t_tilde comes from the slice of t; independent: from any. Added
+    latent: half of the texts start at t_tilde = 1, and t from 0.3, but not the teacher's.
 
-    Of 256 texts 64 +- 35 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
+    Of 256 texts 128 +- 40 do: 5 standard deviations, odds 6e-7. A shuffle leaves about Poisson(2)
     of 64 within one slice of their place: 16 or more have odds 2e-10."""
     times = {}
     for how in ("", "--pairing matched:4", "--pairing independent",
-                "--latent gaussian --pairing independent"):
+                "--latent gaussian --pairing independent", "--latent words --pairing independent"):
         shutil.copytree(finished, "out")
         times[how] = [(t, t_tilde) for _, _, t, t_tilde, *_ in recorded_batches(
             monkeypatch, f"--stage idlm --updates 4 --batch_size 64 --micro_batch 64 {how}")]
-        first = 0.01 if "gaussian" in how else EPS
+        first = 0.3 if "latent" in how else EPS
         for t, _ in times[how]:
             assert torch.equal(((t - first) / (1 - first) * 64 + 1e-5).floor(), torch.arange(64.))
-    matched, grid, apart, gaussian = times.values()
+    matched, grid, apart, *added = times.values()
     (_, _, t, *_), = recorded_batches(monkeypatch, "--stage teacher --latent gaussian --updates 1 "
                                       "--batch_size 64 --micro_batch 64")
     assert torch.equal(((t - EPS) / (1 - EPS) * 64 + 1e-5).floor(), torch.arange(64.))
@@ -351,8 +353,10 @@ def test_times(finished, monkeypatch):
     assert {x.item() for _, t_tilde in grid for x in t_tilde} == {0.25, 0.5, 0.75, 1}
     assert all((t_tilde - t).max() < 0.27 and (t - t_tilde).max() < 1 / 64 for t, t_tilde in grid)
     assert max(((t - t_tilde).abs() < 1 / 64).sum() for t, t_tilde in apart) < 16
-    full = sum((t_tilde == 1).sum() for (_, t_tilde) in gaussian[::2])
-    assert 29 < full < 99 and not any((t_tilde == 1).any() for _, t_tilde in apart)
+    for latent in added:
+        full = sum((t_tilde == 1).sum() for (_, t_tilde) in latent[::2])
+        assert 88 < full < 168
+    assert not any((t_tilde == 1).any() for _, t_tilde in apart)
     for flags, pairing, grid in (
             ("", "matched", 0), ("--process duo", "independent", 0),
             ("--tokenizer gpt2", "matched", 0), ("--process duo --tokenizer gpt2", "matched", 4),
@@ -387,6 +391,7 @@ def test_duo_curriculum(monkeypatch):
 
 @pytest.mark.parametrize("process, update, loss", [
     ("mdlm", "hard", "masked"), ("mdlm --latent gaussian", "hard", "masked"),
+    ("mdlm --latent words:1:1.3", "hard", "masked"),
     ("duo", "hard", "uniform"), ("duo", "marginal", "uniform"), ("duo", "soft", "soft")])
 def test_idlm_step(process, update, loss, teachers, monkeypatch):
     """The generator reads texts at t_tilde; the second noise, its weight and sigma belong to t. The
@@ -420,15 +425,16 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
         alpha = 1 - (1 - EPS) * t
         if loss == "masked":
             assert torch.allclose(noise[1], (1 - EPS) / (1 - alpha))
-            told = -(1 - (1 - EPS) * t_tilde).log() if "gaussian" in process else 0 * t
+            told = -(1 - (1 - EPS) * t_tilde).log() if "latent" in process else 0 * t
             assert torch.allclose(noise[2], told)
             assert "fake" in name or not noise[3].any()
             if "fake" in name:
                 assert how == {}
-            elif "gaussian" in process:                      # in texts that are all [MASK]
+            elif "latent" in process:                      # in texts that are all [MASK]
                 blank = (args[3].x == args[-2]).all(1)
                 assert blank.any() and not blank.all()
-                assert torch.equal(how["beta"], torch.where(blank, 1.25, 1.0))
+                assert torch.equal(how["beta"], torch.where(blank, 1.3 if "words" in process
+                                                           else 1.15, 1.0))
             else:
                 assert how == {"beta": 1.0}
             masked = noise[0].float().mean(1)
@@ -512,6 +518,7 @@ def test_dcd_rounds(teachers, monkeypatch):
 @pytest.mark.parametrize("flags", [
     "--stage teacher", "--process duo --stage teacher",
     "--stage idlm --latent gaussian --init_from out/mdlm/teacher.pt",
+    "--stage idlm --latent words --init_from out/mdlm/teacher.pt",
     "--process duo --stage idlm --uniform_update soft --init_from out/duo/teacher.pt"])
 def test_same_seed_same_weights(flags, teachers):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -763,8 +770,10 @@ def test_beta_follows_latent_and_tokenizer():
     def beta(*flags):
         return train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm").beta
     assert beta() == beta("--process=duo") == beta("--latent=gaussian", "--tokenizer=gpt2") == 1
-    assert beta("--latent=gaussian:8:2") == 1.25 and beta("--latent=gaussian:8:2:1") == 1
+    assert beta("--latent=gaussian:8:2") == beta("--latent=words") == 1.15
+    assert beta("--latent=gaussian:8:2:1") == 1
     assert beta("--latent=gaussian:64:1:1.1", "--tokenizer=gpt2") == 1.1
+    assert beta("--latent=words:0.5:1.1") == 1.1 and beta("--latent=words:1:1") == 1
 
 
 def test_flag_before_stage_before_preset():
@@ -812,12 +821,15 @@ def test_device_of_a_process(monkeypatch):
     ("--process duo --stage dcd --init_from a.pt b.pt", "a.pt b.pt: give a teacher and, for"),
     ("--stage idlm --init_from a.pt b.pt c.pt", "a.pt b.pt c.pt: give a teacher and, for"),
     ("--process duo --latent gaussian", "--latent gaussian is for the masked process"),
-    ("--latent noise", "--latent noise: use state, gaussian or"),
+    ("--process duo --latent words", "--latent words is for the masked process"),
+    ("--latent noise", "--latent noise: use state, words, gaussian or"),
+    ("--latent words:0", "--latent words:0: use state"),
+    ("--latent words:1.5", "--latent words:1.5: use state"),
     ("--uniform_update gentle", "--uniform_update gentle: use hard, marginal or"),
     ("--pairing none", "--pairing none: use independent or matched"),
     ("--pairing matched:0", "--pairing matched:0: use independent or matched"),
     ("--process duo --uniform_update soft --pairing matched:4", "has the Gaussian's clock"),
-    ("--latent gaussian:8:1:", "--latent gaussian:8:1:: use state, gaussian or"),
+    ("--latent gaussian:8:1:", "--latent gaussian:8:1:: use state, words"),
     ("--latent gaussian:0", "--latent gaussian:0: use state"),
     ("--latent state:8", "--latent state:8: use state"),
     ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),

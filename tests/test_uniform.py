@@ -636,7 +636,7 @@ class TableNet:
     device, training = torch.device("cpu"), True
 
     class config:
-        latent_dim = 0
+        latent_dim = latent_words = 0
 
     def __init__(self, K, L, seed):
         rng = seeded(seed)
