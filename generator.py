@@ -4,13 +4,15 @@
     p_theta(x) = E_eps prod_i Cat(x_i; G_i(eps))                            IDLM, arXiv 2602.19066
 
 eps = (x_tilde, sigma, z): real text noised to a random level t_tilde, which is what the generator
-meets at every step of sampling, and optionally a Gaussian latent z. Tokens are independent only
+meets at every step of sampling, and optionally a latent z. Tokens are independent only
 given eps, so the mixture carries dependencies that one factorised pass cannot. What a copy of the
 teacher has to unlearn is to answer with marginals: under the IDLM loss its rows turn into atoms.
 
 One pass of the masked process starts from an all-[MASK] text, which holds no randomness: there the
-mixture has a single component, and z is what repairs it (z of N(0, 1) per position, through a
-random projection at the scale of the embeddings, added where a text is all [MASK]).
+mixture has a single component, and z is what repairs it: random words at half of the positions, or
+N(0, 1) at each through a random projection, added to the embedding of [MASK] where a text is all
+[MASK] (random words in a masked generator's first input: Di[M]O, arXiv 2503.15457, in place of
+[MASK] there).
 
 Sampling counts t down from 1 to 0; N steps are at most N network passes.
 To reuse: copy this file, teacher.py and idlm_loss.py.
