@@ -39,7 +39,7 @@ import idlm_loss
 from data import BadInput, TextData
 from generator import draw_latent, sample
 from model import DiT, ModelConfig
-from teacher import EPS, dcd_loss, duo_loss, mdlm_loss, stratified_times
+from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
 # A flag goes before the preset's entry for process and stage, that before the stage's, and that
 # before the general one.
@@ -73,7 +73,7 @@ STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
 FULL_NOISE = 0.5                     # with an added latent: share of texts at t_tilde = 1, and
-FULL_NOISE_T_MIN = 0.3               # smallest t: their gap is large, 1 / t would let small t rule
+FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t lets small t rule
 CLIP = 1.0                           # gradient norm
 
 
@@ -403,15 +403,14 @@ def run_stage(args, stage, data):
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
         x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
-        added = config.latent_dim or config.latent_words
-        t_min = FULL_NOISE_T_MIN if added else EPS
-        t, t_tilde = (stratified_times(s.batch_size, rng, t_min) for _ in range(2))
+        t, t_tilde = (stratified_times(s.batch_size, rng) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
         if s.grid:
             t_tilde = (t_tilde * s.grid).ceil() / s.grid
-        if added:
-            t_tilde[torch.rand(s.batch_size, generator=rng) < FULL_NOISE] = 1.0
+        if config.latent_dim or config.latent_words:
+            full, low = torch.rand(s.batch_size, generator=rng) < FULL_NOISE, FULL_NOISE_T_MIN
+            t_tilde[full], t[full] = 1.0, low + (1 - low) * t[full]
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
         return x_0, t[m::M], t_tilde[m::M], rng
 

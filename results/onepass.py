@@ -16,7 +16,7 @@ for a variant. It trains, samples, and writes results/onepass/NAME.json at once 
 that is there is not run again. SIGTERM stops it all and leaves nothing half-written.
 
 merge writes results/onepass.json: README's table has the variants of --pick, each by its LABEL; the
-others of as many updates as BASE says, with 1, 4 or 16 steps, are "screen", a table of its own, the
+others of as many updates as BASE says, with 1 or 16 steps, are "screen", a table of its own, the
 rest is "extra".
 Temperatures as in evaluate.py: as many as bracket the entropy of held-out text, at most 6.
 
@@ -62,7 +62,8 @@ from teacher import EPS, stratified_times
 BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
-            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", words=0.5)
+            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", words=0.5,
+            full_t_min=0.0)
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -91,15 +92,20 @@ TASKS = {                                # most important first; a run without "
 }
 STEPS, TEACHER_STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4)
 SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passes, in README
-SET = "fake_updates=2 dropout=0.0"
-BLANK = "beta=1.25 beta_at=full"         # 64, then 256 characters, then GPT-2's words
-PICK = [f"latent-free: latent-free {SET} updates=4500",
+SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
+LATER, LAST = "share=0.5 lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0", "beta_at=full words=0.25"
+PICK = ["latent-free: latent-free lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0 updates=5000",
         f"latent-free: latent-free {SET} updates=3500",
         f"latent-free: latent-free {SET} batch=64 updates=2000",
-        f"gaussian, beta 1.25: gaussian {SET} updates=4500 {BLANK}",
-        f"gaussian, beta 1.25: gaussian {SET} updates=3500 {BLANK}",
-        f"gaussian, beta 1: gaussian {SET} batch=64 updates=2000",
-        f"uniform marginal: uniform marginal {SET} pairing=matched:1"]
+        f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
+        f"gaussian: gaussian {SET} updates=3500 {BLANK}",
+        f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
+        f"words: words {LATER} updates=15000 beta=1.15 {LAST}",
+        f"words: words {LATER} updates=6200 beta=1.25 {LAST}",
+        "words: words share=0.5 fake_lr=0.0003 fake_updates=2 t_min=0.3 dropout=0.0 batch=64 "
+        f"updates=3600 {LAST}",
+        "uniform marginal: uniform marginal lr=0.0004 fake_lr=0.001 dropout=0.0 pairing=matched:1 "
+        "batch=512 updates=6500"]
 COPY = {"char": 20, "gpt2": 5}
 METRICS = {"char": "gen_ppl bits_per_char entropy known_words distinct4 gm".split(),
            "gpt2": "gen_ppl entropy distinct4 gm".split()}
@@ -160,7 +166,8 @@ class Network(DiT):
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
     train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
-    train.stratified_times = lambda B, rng, _: stratified_times(B, rng, run["t_min"])
+    train.FULL_NOISE_T_MIN = run["full_t_min"]
+    train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
@@ -204,7 +211,7 @@ def variant_of(run):
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
-    skip += ["share", "told", "beta", "beta_at"] * (run["latent"] == "state")
+    skip += ["share", "told", "beta", "beta_at", "full_t_min"] * (run["latent"] == "state")
     skip += ["words"] * (run["latent"] != "words") + ["t_min"] * (run["latent"] == "state"
                                                                   and run["t_min"] == EPS)
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
@@ -433,7 +440,7 @@ def merge(args):
             if plain and name in args.pick:
                 r |= {"variant": args.pick[name], "settings": name}
             if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
-                first = r["drawn"] == "fresh z" and r["steps"] in (1, 4, 16) and not picked
+                first = plain and r["steps"] in (1, 16) and not picked
                 r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
             if picked or r["temperature"] == 1:
                 found.append(r)
