@@ -9,10 +9,9 @@ given eps, so the mixture carries dependencies that one factorised pass cannot. 
 teacher has to unlearn is to answer with marginals: under the IDLM loss its rows turn into atoms.
 
 One pass of the masked process starts from an all-[MASK] text, which holds no randomness: there the
-mixture has a single component, and z is what repairs it: random words at half of the positions, or
-N(0, 1) at each through a random projection, added to the embedding of [MASK] where a text is all
-[MASK] (random words in a masked generator's first input: Di[M]O, arXiv 2503.15457, in place of
-[MASK] there).
+mixture has a single component, and z is what repairs it. It is added to the embedding of [MASK]
+where a text is all [MASK]: random words at a share of the positions, or N(0, 1) at each through a
+random projection (random words in place of [MASK]: Di[M]O, arXiv 2503.15457).
 
 Sampling counts t down from 1 to 0; N steps are at most N network passes.
 To reuse: copy this file, teacher.py and idlm_loss.py.

@@ -111,9 +111,9 @@ def parse_args(argv=None):
     add("--latent", default="state",
         metavar="{state,words[:SHARE[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
-             "[MASK]: random words at a SHARE (0.5) of the positions, or DIM numbers at each, SCALE\n"
-             "times the embeddings' size (64, 1); there the fake's bound counts BETA times, against\n"
-             "mode seeking (characters 1.15, else 1)")
+             "[MASK]: random words at a SHARE (0.25) of positions, or DIM numbers at each, SCALE\n"
+             "times the embeddings' size (64, 1); the fake's bound counts BETA times there, against\n"
+             "mode seeking (characters 1.1, else 1)")
     add("--uniform_update", default="hard", metavar="{hard,marginal,soft}[:{weighed,ignored}]",
         help="of hard and marginal: G weighs in the token it stands on, or not (as published);\n"
              "default: weighed for GPT-2's words, ignored for characters (README says why)")
@@ -140,10 +140,10 @@ def parse_args(argv=None):
     latent = re.fullmatch(rf"state|words(?:{number}{number}?)?"
                           rf"|gaussian(?::([1-9]\d*)(?:{number}{number}?)?)?", args.latent)
     share, *betas, dim, scale, beta = latent.groups() if latent else [0] * 5
-    if not latent or not 0 < float(share or 0.5) <= 1:
-        raise BadInput(f"--latent {args.latent}: use state, words, gaussian or, say, words:0.5:1.15")
+    if not latent or not 0 < float(share or 1) <= 1:
+        raise BadInput(f"--latent {args.latent}: use state, words, gaussian or, say, words:0.3:1.1")
     args.latent, args.latent_dim, args.latent_scale, args.latent_words = (
-        args.latent.split(":")[0], int(dim or 64), float(scale or 1), float(share or 0.5))
+        args.latent.split(":")[0], int(dim or 64), float(scale or 1), float(share or 0.25))
     args.beta = next((float(b) for b in (*betas, beta) if b), None)
     if args.latent != "state" and args.process == "duo":
         raise BadInput(f"--latent {args.latent} is for the masked process: leave it out")
@@ -202,7 +202,7 @@ def settings_of(args, stage):
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
     if s.beta is None:
-        s.beta = 1.15 if s.latent != "state" and s.tokenizer == "char" else 1.0
+        s.beta = 1.1 if s.latent != "state" and s.tokenizer == "char" else 1.0
     uniform = s.process == "duo"
     soft = uniform and s.uniform_update == "soft"
     if not s.pairing:

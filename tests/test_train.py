@@ -436,7 +436,7 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
                 blank = (args[3].x == args[-2]).all(1)
                 assert blank.any() and not blank.all()
                 assert torch.equal(how["beta"], torch.where(blank, 1.3 if "words" in process
-                                                           else 1.15, 1.0))
+                                                           else 1.1, 1.0))
             else:
                 assert how == {"beta": 1.0}
             masked = noise[0].float().mean(1)
@@ -772,7 +772,7 @@ def test_beta_follows_latent_and_tokenizer():
     def beta(*flags):
         return train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm").beta
     assert beta() == beta("--process=duo") == beta("--latent=gaussian", "--tokenizer=gpt2") == 1
-    assert beta("--latent=gaussian:8:2") == beta("--latent=words") == 1.15
+    assert beta("--latent=gaussian:8:2") == beta("--latent=words") == 1.1
     assert beta("--latent=gaussian:8:2:1") == 1
     assert beta("--latent=gaussian:64:1:1.1", "--tokenizer=gpt2") == 1.1
     assert beta("--latent=words:0.5:1.1") == 1.1 and beta("--latent=words:1:1") == 1
