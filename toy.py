@@ -32,7 +32,7 @@ from torch import nn
 
 import idlm_loss as losses
 from checkpoint import provenance
-from generator import Latent, draw_latent, added_latent, generate_probs
+from generator import Latent, added_latent, draw_latent, generate_probs
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform, duo_loss, mdlm_loss, stratified_times
 
