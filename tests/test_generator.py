@@ -434,10 +434,21 @@ def test_one_pass_depends_on_the_latent_and_learns_to(rng):
     assert net.latent_proj.weight.grad.abs().max() > 1e-4
 
 
+def assert_estimated(net, x_0, exact, rng, repeats=2000):
+    """-> standard errors of 20,000 draws through mixture_log_prob, 10 at a time: each of the texts
+    within 5 of them of its exact probability."""
+    many = x_0.repeat(repeats, 1)
+    log_p = mixture_log_prob(net, PROCESS, many, [
+        draw_latent(net, PROCESS, many, torch.ones(len(many)), rng) for _ in range(10)])
+    found = log_p.exp().view(repeats, -1)
+    error = found.std(0) / repeats ** 0.5
+    assert ((found.mean(0) - exact).abs() < 5 * error).all()
+    return error
+
+
 def test_monte_carlo_over_z_agrees_with_enumeration(rng):
     """One pass, two positions, a z of one number each: the mixture's exact law by Gauss-Hermite
-    quadrature over both numbers (24 nodes and 36 agree to 1e-6), and 20,000 draws of draw_latent
-    through mixture_log_prob, 10 at a time: each of the 9 texts within 5 standard errors."""
+    quadrature over both numbers (24 nodes and 36 agree to 1e-6), and draws of draw_latent."""
     net, x_0 = random_dit(rng, latent_dim=1), en.texts(K, 2)
 
     def law(n):
@@ -448,16 +459,11 @@ def test_monte_carlo_over_z_agrees_with_enumeration(rng):
         rows = G[:, 0, x_0[:, 0]] * G[:, 1, x_0[:, 1]]
         return torch.cartesian_prod(weight, weight).prod(1) / weight.sum() ** 2 @ rows
 
-    exact, repeats = law(36), 2000
+    exact = law(36)
     assert abs(exact.sum() - 1) < 1e-9 and (exact - law(24)).abs().max() < 1e-6
     product_of_means = generate_probs(net, PROCESS, Latent(
         torch.full((1, 2), MASK), torch.zeros(1), torch.zeros(1, 2, 1)))[0]
-    many = x_0.repeat(repeats, 1)
-    log_p = mixture_log_prob(net, PROCESS, many, [
-        draw_latent(net, PROCESS, many, torch.ones(len(many)), rng) for _ in range(10)])
-    found = log_p.exp().view(repeats, -1)
-    error = found.std(0) / repeats ** 0.5
-    assert ((found.mean(0) - exact).abs() < 5 * error).all()
+    error = assert_estimated(net, x_0, exact, rng)
     without = product_of_means[0, x_0[:, 0]] * product_of_means[1, x_0[:, 1]]
     assert ((without - exact).abs() > 10 * error).any()    # z = 0 is not the mixture
 
@@ -486,22 +492,16 @@ def test_words_as_a_latent(rng):
 
 
 def test_monte_carlo_over_words_agrees_with_enumeration(rng):
-    """One pass, two positions, the mixture's exact law over all (K + 1)^2 latents, and 20,000 draws
-    of draw_latent through mixture_log_prob: each of the K^2 texts within 5 standard errors. The
-    IDLM loss reaches the embedding of what was added."""
+    """One pass, two positions, the mixture's exact law over all (K + 1)^2 latents, and draws of
+    draw_latent. The IDLM loss reaches the embedding of what was added."""
     net, x_0, share = random_dit(rng, latent_words=0.4), en.texts(K, 2), 0.4
     z = torch.cartesian_prod(*[torch.arange(-1, K)] * 2)
     weight = torch.tensor([1 - share, *[share / K] * K], dtype=torch.float64)[z + 1].prod(1)
     blank = Latent(torch.full((len(z), 2), MASK), torch.zeros(len(z)), z)
     G = generate_probs(net, PROCESS, blank)
-    exact, repeats = weight @ (G[:, 0, x_0[:, 0]] * G[:, 1, x_0[:, 1]]), 2000
+    exact = weight @ (G[:, 0, x_0[:, 0]] * G[:, 1, x_0[:, 1]])
     assert abs(exact.sum() - 1) < 1e-9
-    many = x_0.repeat(repeats, 1)
-    log_p = mixture_log_prob(net, PROCESS, many, [
-        draw_latent(net, PROCESS, many, torch.ones(len(many)), rng) for _ in range(10)])
-    found = log_p.exp().view(repeats, -1)
-    error = found.std(0) / repeats ** 0.5
-    assert ((found.mean(0) - exact).abs() < 5 * error).all()
+    error = assert_estimated(net, x_0, exact, rng)
     without = G[0, 0, x_0[:, 0]] * G[0, 1, x_0[:, 1]]      # z = (-1, -1)
     assert ((without - exact).abs() > 10 * error).any()
     sigma = torch.zeros(len(z))
@@ -535,7 +535,12 @@ def test_the_sampler_gives_the_latent_to_texts_without_a_word(rng):
     assert len(numbers) >= 3 * length and len(set(map(tuple, numbers))) == len(numbers)
     assert any((x != MASK).any(1).all() for x, _ in passes)
     assert any((x != MASK).any() and (x == MASK).all(1).any() for x, _ in passes)
-    net.config.latent_dim = 0
+    net.config = SimpleNamespace(latent_dim=0, latent_words=1)
+    passes.clear()
+    sample(net, PROCESS, n, length, 12, rng, prompt=prompt)
+    assert all(torch.equal(z >= 0, (x == MASK).all(1)[:, None].expand_as(x)) for x, z in passes)
+    assert any((z >= 0).any() for _, z in passes)
+    net.config.latent_words = 0
     passes.clear()
     sample(net, PROCESS, n, length, 1, rng)
     assert [(len(x), z) for x, z in passes] == [(1, None)]
