@@ -358,10 +358,10 @@ def run_stage(args, stage, data):
     if stage in ("dcd", "idlm"):
         teacher, begin, names = load_networks(s, data, saved)
         meta |= names
-        config, kind = replace(teacher.config, dropout=s.dropout), s.latent * (stage == "idlm")
-        if kind == "gaussian":
+        config = replace(teacher.config, dropout=s.dropout)
+        if stage == "idlm" and s.latent == "gaussian":
             config = replace(config, latent_dim=s.latent_dim, latent_scale=s.latent_scale)
-        elif kind == "words":
+        if stage == "idlm" and s.latent == "words":
             config = replace(config, latent_words=s.latent_words)
     flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
     meta |= {"config": asdict(config), "args": flags}
