@@ -299,7 +299,7 @@ def hard_gap(logits_g, logits_f, logits_t, z, a, dalpha, K=None):
     return (-dalpha / (K * a) * (inner / xbar_z + K / tbar_z - K / fbar_z))[:, 0]
 
 
-def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha, K=None):
+def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha, beta=1.0, K=None):
     """`hard_gap` with the position's own token z integrated out, which a leave-one-out f allows.
 
     The minimiser of the NELBO predicts token l from the *other* noised tokens, so its row f does
@@ -320,8 +320,12 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha, K=None):
     G = upcast(logits_g).softmax(-1)
     fbar = K * a * upcast(logits_f).softmax(-1) + (1 - a)
     tbar = K * a * upcast(logits_t).softmax(-1) + (1 - a)
-    log_ratio, inverse = (fbar / tbar).log(), 1 / fbar - 1 / tbar
+    log_ratio = beta * fbar.log() - tbar.log()
+    inverse = beta / fbar - 1 / tbar
     rest = (a * log_ratio + (1 - a) * inverse).sum(-1, keepdim=True)          # without G
+    no_words = logits_g.shape[-1] - K                      # whose entries of fbar, tbar are 1 - a
+    rest = rest + (1 - beta) * (no_words * (a * (1 - a).log() + 1)
+                                + K - (K - 1) * a * (K * a / (1 - a)).log1p())
     return -dalpha[:, 0] * (G * (log_ratio - inverse)).sum(-1) + (dalpha / (K * a) * rest)[:, 0]
 
 
@@ -391,18 +395,22 @@ def uniform_fake_loss(generator, fake, eps, keep, noise, a, dalpha, sigma, K, rn
 
 
 def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha, sigma, K, rng,
-                           gap=marginal_gap, weigh=False):
+                           gap=marginal_gap, weigh=False, beta=1.0):
     """NELBO(f*) - NELBO(f) on G under the exact noising law; gap: hard_gap or marginal_gap.
 
     The gradient runs through the target G alone: neither teacher nor fake is differentiated.
+    beta, of marginal_gap: see there.
     """
     h_g = generator.hidden(*eps)
     own = own_token(eps, K, h_g.device) if weigh else ()
     z = renoise_uniform(generator, h_g, own, keep, noise, K, rng)
     with torch.no_grad():
         h_f, h_t = fake.hidden(z, sigma), teacher.hidden(z, sigma)
+    per_text = (a, dalpha)
+    if gap is marginal_gap:
+        per_text += (torch.as_tensor(beta, dtype=a.dtype).expand(len(a)),)
     return uniform_mean(gap, K, (generator, frozen(fake), frozen(teacher)), (h_g, h_f, h_t),
-                        z, a, dalpha, own=own)
+                        z, *per_text, own=own)
 
 
 # The published update (IDLM-Duo): the networks read the Gaussian state softmax(w / tau) of G and

@@ -74,6 +74,7 @@ ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
 FULL_NOISE = 0.5                     # with an added latent: share of texts at t_tilde = 1, and
 FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t lets small t rule
+STEER_EVERY, STEER_P, STEER_I = 10, 1.0, 0.02     # beta "auto", see Steering
 CLIP = 1.0                           # gradient norm
 
 
@@ -113,10 +114,12 @@ def parse_args(argv=None):
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: random words at a SHARE (0.25) of positions, or DIM numbers at each, SCALE\n"
              "times the embeddings' size (64, 1); the fake's bound counts BETA times there, against\n"
-             "mode seeking (characters 1.1, else 1)")
-    add("--uniform_update", default="hard", metavar="{hard,marginal,soft}[:{weighed,ignored}]",
-        help="of hard and marginal: G weighs in the token it stands on, or not (as published);\n"
-             "default: weighed for GPT-2's words, ignored for characters (README says why)")
+             "mode seeking: a number, or auto (default), which holds the entropy of the texts")
+    add("--uniform_update", default="hard",
+        metavar="{hard[:OWN],marginal[:OWN][:BETA],soft}",
+        help="OWN: weighed, G weighs in the token it stands on, or ignored (as published); default:\n"
+             "weighed for GPT-2's words, ignored for characters (README says why). BETA: as above,\n"
+             "in all texts (1)")
     # the machine
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     add("--dtype", choices=("float64", "float32", "bfloat16"), help="bfloat16: by autocast")
@@ -136,23 +139,26 @@ def parse_args(argv=None):
     if len(args.init_from) > (2 if args.stage == "idlm" else 1):
         raise BadInput(f"--init_from {' '.join(args.init_from)}: give a teacher and, for --stage "
                        "idlm, what the generator starts as")
-    number = r"(?::(\d+\.?\d*))"
-    latent = re.fullmatch(rf"state|words(?:{number}{number}?)?"
-                          rf"|gaussian(?::([1-9]\d*)(?:{number}{number}?)?)?", args.latent)
+    number, often = r"(?::(\d+\.?\d*))", r"(?::(\d+\.?\d*|auto))"
+    latent = re.fullmatch(rf"state|words(?:{number}{often}?)?"
+                          rf"|gaussian(?::([1-9]\d*)(?:{number}{often}?)?)?", args.latent)
     share, *betas, dim, scale, beta = latent.groups() if latent else [0] * 5
     if not latent or not 0 < float(share or 1) <= 1:
         raise BadInput(f"--latent {args.latent}: use state, words, gaussian or, say, words:0.3:1.1")
     args.latent, args.latent_dim, args.latent_scale, args.latent_words = (
         args.latent.split(":")[0], int(dim or 64), float(scale or 1), float(share or 0.25))
-    args.beta = next((float(b) for b in (*betas, beta) if b), None)
+    args.beta = next((b for b in (*betas, beta) if b), None)
     if args.latent != "state" and args.process == "duo":
         raise BadInput(f"--latent {args.latent} is for the masked process: leave it out")
-    update = re.fullmatch(r"(hard|marginal|soft)(?:(?<!soft):(weighed|ignored))?",
-                          args.uniform_update)
+    own = "(?::(weighed|ignored))?"
+    update = re.fullmatch(f"(soft)|(hard){own}|(marginal){own}{often}?", args.uniform_update)
     if not update:
         raise BadInput(f"--uniform_update {args.uniform_update}: use hard, marginal or soft, or of "
                        "the first two, say, hard:weighed")
-    args.uniform_update, args.own_token = update.groups()
+    soft, hard, own_1, marginal, own_2, beta = update.groups()
+    args.uniform_update, args.own_token = soft or hard or marginal, own_1 or own_2
+    if args.process == "duo":
+        args.beta = beta or "1"
     pairing = re.fullmatch(r"(?:(independent|matched)(?::([1-9]\d*))?)?", args.pairing or "")
     if not pairing:
         raise BadInput(f"--pairing {args.pairing}: use independent or matched, or, say, matched:4")
@@ -201,8 +207,8 @@ def settings_of(args, stage):
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
-    if s.beta is None:
-        s.beta = 1.1 if s.latent != "state" and s.tokenizer == "char" else 1.0
+    s.beta = s.beta or ("auto" if s.latent != "state" else "1")
+    s.beta = s.beta if s.beta == "auto" else float(s.beta)
     uniform = s.process == "duo"
     soft = uniform and s.uniform_update == "soft"
     if not s.pairing:
@@ -296,8 +302,8 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
         beta = 1.0
-        if s.beta != 1:
-            blank = (eps.x == process.mask_id).all(1)        # z alone tells such texts apart
+        if s.latent != "state":                              # z alone tells such texts apart
+            blank = idlm_loss.to_device((eps.x == process.mask_id).all(1), s.device)
             beta = torch.where(blank, s.beta, 1.0)
         return idlm_loss.masked_generator_loss(net, fake, teacher, eps, *noise, process.sigma(t),
                                                process.mask_id, rng, beta=beta)
@@ -308,11 +314,46 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     else:
         noise = *process.draw_noise(t, L, rng), *process.alpha(t), process.sigma(t)
         how = {"weigh": s.own_token == "weighed"}
-        gap = {"gap": getattr(idlm_loss, s.uniform_update + "_gap")}
+        gap = {"gap": getattr(idlm_loss, s.uniform_update + "_gap"), "beta": s.beta}
         fake_loss, generator_loss = idlm_loss.uniform_fake_loss, idlm_loss.uniform_generator_loss
     if which == "fake":
         return fake_loss(net, fake, eps, *noise, process.K, rng, **how)
     return generator_loss(net, fake, teacher, eps, *noise, process.K, rng, **how, **gap)
+
+
+class Steering(torch.nn.Module):
+    """beta "auto": holds the entropy of the texts that beta is for at that of training text.
+
+    A generator that seeks modes writes with too few different words, one whose beta is too large
+    with too many rare ones, and which beta is right changes as it learns. So every STEER_EVERY
+    updates texts are drawn in one pass, and the difference of the unigram entropies of a text,
+    training text less drawn, sets beta by a proportional and an integral part.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("beta", torch.ones(()))
+        self.register_buffer("integral", torch.zeros(()))
+
+    @torch.no_grad()
+    def update(self, s, step, process, net, x_0, t_tilde, rng):
+        t_tilde = torch.ones_like(t_tilde) if s.process == "mdlm" else t_tilde
+        torch.manual_seed(-key_of(s, step, 15))            # dropout, alike in all processes
+        with s.autocast:
+            eps = draw_latent(net, process, x_0, t_tilde, rng)
+            own = idlm_loss.own_token(eps, process.K, s.device) * (s.own_token == "weighed") \
+                if s.process == "duo" else ()
+            y = idlm_loss.draw_tokens(net, net.hidden(*eps).flatten(0, 1), process.K, rng, own)
+        lack = text_entropy(idlm_loss.to_device(x_0, s.device), process.K) \
+            - text_entropy(y.view(x_0.shape), process.K)
+        self.integral += STEER_I * lack
+        self.beta.copy_((1 + self.integral + STEER_P * lack).clamp(0.8, 2))
+
+
+def text_entropy(tokens, K):                               # (B, L) -> () nats, mean over texts
+    count = torch.zeros(len(tokens), K, device=tokens.device)
+    count.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=count.dtype))
+    return torch.special.entr(count / tokens.shape[1]).sum(1).mean()
 
 
 def load_networks(s, data, saved):
@@ -379,13 +420,16 @@ def run_stage(args, stage, data):
         net.load_state_dict(net.state_dict() | begin.state_dict())
     if config.latent_dim:                # at the size of the embeddings that it has now
         net.init_latent()
-    main, fake = Trainee(net, s.lr, s), None
+    main, fake, steering = Trainee(net, s.lr, s), None, None
     kept = {"ema": main.ema, "main": net, "main_optimizer": main.optimizer}    # for --resume
     if stage == "idlm":
         fake = DiT(replace(teacher.config, dropout=s.dropout)).to(s.device, s.weights)
         fake.load_state_dict(teacher.state_dict())
         follower = Trainee(fake, s.fake_lr, s, averaged=False)
         kept |= {"fake": fake, "fake_optimizer": follower.optimizer}
+        if s.beta == "auto":
+            steering = kept["steering"] = Steering().to(s.device)
+            s.beta = steering.beta
     if stage == "dcd":
         kept["round_teacher"] = teacher
     if teacher:
@@ -425,11 +469,15 @@ def run_stage(args, stage, data):
             for part in range(1, 1 + s.fake_updates):
                 fake_loss, fake_norm = follower.update(step, part, lambda m, M: idlm_step(
                     "fake", s, process, *nets, *batch(step, part, m, M)))
+            if steering and step % STEER_EVERY == 0:
+                x_0, _, t_tilde, rng = batch(step, 15, 0, s.batch_size // s.micro_batch)
+                steering.update(s, step, process, net, x_0, t_tilde, rng)
             # ======== ALGORITHM, outer problem: the generator descends the gap ========
             fake.eval().requires_grad_(False)
             loss, norm = main.update(step, 0, lambda m, M: idlm_step(
                 "generator", s, process, *nets, *batch(step, 0, m, M)))
-            rows.append({"fake": fake_loss, "fake_grad": fake_norm, "gap": loss, "grad": norm})
+            rows.append({"fake": fake_loss, "fake_grad": fake_norm, "gap": loss, "grad": norm} |
+                        ({"beta": s.beta.clone()} if steering else {}))
         else:
             if stage == "dcd" and step and step % math.ceil(s.updates / DCD_ROUNDS) == 0:
                 teacher.load_state_dict(main.ema.state_dict())

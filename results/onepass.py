@@ -63,7 +63,7 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", words=0.5,
-            full_t_min=0.0)
+            full_t_min=0.0, law=0.0)
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -171,6 +171,8 @@ def patch(run, start=None):
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
+    if run["process"] == "duo":
+        return
     if run["latent"] != "state" and run["beta_at"] == "all":        # also beside visible words
         gap = idlm_loss.masked_generator_loss
         idlm_loss.masked_generator_loss = lambda *a, beta: gap(*a, beta=run["beta"])
@@ -202,6 +204,19 @@ def patch(run, start=None):
         idlm_loss.masked_generator_loss = lambda *a, **how: loss(*a[:6], tell(a[6]), *a[7:], **how)
 
 
+def common_words(power, count):
+    """z's words drawn from the training text's frequencies to a power, not evenly."""
+    own, share = generator.added_latent, torch.tensor(count / count.sum()) ** power
+    bounds = share.cumsum(0) / share.sum()
+
+    def drawn(net, x, mask_id, rng):
+        z = own(net, x, mask_id, rng)
+        u = torch.rand(z.shape, generator=idlm_loss.device_rng(rng, z.device), device=z.device)
+        return torch.where(z < 0, z, torch.searchsorted(bounds.to(u), u).clamp(max=mask_id - 1))
+
+    generator.added_latent = drawn
+
+
 # ---- one run ------------------------------------------------------------------------------------
 
 def variant_of(run):
@@ -211,8 +226,9 @@ def variant_of(run):
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
-    skip += ["share", "told", "beta", "beta_at", "full_t_min"] * (run["latent"] == "state")
-    skip += ["words"] * (run["latent"] != "words") + ["t_min"] * (run["latent"] == "state"
+    skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
+    skip += ["beta"] * (run["latent"] == "state" and run["process"] == "mdlm")
+    skip += ["words", "law"] * (run["latent"] != "words") + ["t_min"] * (run["latent"] == "state"
                                                                   and run["t_min"] == EPS)
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
                              and run[k] != v)])
@@ -252,15 +268,19 @@ def train_run(run, out, args, data):
     """-> what its records say of the training"""
     began, (teacher, _, *start) = time.time(), needs_of(run)
     patch(run, *start)
+    if run["law"]:
+        common_words(run["law"], np.bincount(data.train, minlength=data.K))
     flags = {k: run[k] for k in ("process", "latent", "uniform_update", "lr", "fake_lr", "dropout",
                                  "fake_updates", "dtype", "pairing", "updates", "seed")}
     flags |= dict(init_from=teacher, out=out, block_size=run["length"], data=args.data,
                   batch_size=run["batch"], micro_batch=run["batch"], tokenizer=args.tokenizer,
                   device=args.device)
     if run["latent"] == "gaussian":
-        flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}:{run['beta']}"
+        flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}:{run['beta'] or 'auto'}"
     elif run["latent"] == "words":
-        flags["latent"] = f"words:{run['words']}:{run['beta']}"
+        flags["latent"] = f"words:{run['words']}:{run['beta'] or 'auto'}"
+    if run["uniform_update"] == "marginal":
+        flags["uniform_update"] = f"marginal:{run['beta'] or 'auto'}"
     train.PRESETS["gpu"]["save_every"] = 10 ** 9
     train.run_stage(train.parse_args(["--preset", "gpu", "--stage", "idlm", args.compile,
                                       *(f"--{k}={v}" for k, v in flags.items())]), "idlm", data)
@@ -269,7 +289,7 @@ def train_run(run, out, args, data):
     trained = {k: run[k] for k in BASE} | {"train_seconds": time.time() - began}
     for i, quarter in enumerate(np.array_split(rows, 4), 1):
         trained |= {f"{k}_{i}": float(np.mean([row[k] for row in quarter] or [math.nan]))
-                    for k in ("gap", "fake", "grad")}
+                    for k in ("gap", "fake", "grad", *["beta"] * ("beta" in rows[0]))}
     return trained
 
 

@@ -236,7 +236,7 @@ def row_formulas():
         "masked_gap": (masked_gap, 3, (1.1,)), "kl": (kl, 2, ()),
         "uniform_nelbo": (idlm_loss.uniform_nelbo, 2, nelbo),
         "hard_gap": (idlm_loss.hard_gap, 3, nelbo),
-        "marginal_gap": (idlm_loss.marginal_gap, 3, nelbo),
+        "marginal_gap": (idlm_loss.marginal_gap, 3, (*nelbo[:3], 1.1 + 0 * a, K)),
         "weighed": (idlm_loss.weighing(idlm_loss.hard_gap), 3, (*nelbo, own, 9 * a)),
         "weighed_fake": (idlm_loss.weighing(idlm_loss.uniform_nelbo, 1), 2, (*nelbo, own, 9 * a)),
         "hard_nelbo": (hard_nelbo, 1, (x, *nelbo)),
