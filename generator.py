@@ -36,8 +36,8 @@ class Latent(NamedTuple):
 
 def added_latent(net, x, mask_id, rng):
     """z for the texts of x (B, L) that are all [MASK], or None for a network without a latent:
-    N(0, 1), in the other texts 0; or even draws from the vocabulary at a share of the positions,
-    elsewhere -1. Visible words tell texts apart already: z beside them was no better in one pass
+    N(0, 1), in the other texts 0; or words at a share of the positions, drawn as often as training
+    text has them, elsewhere -1. Visible words tell texts apart already: z beside them was no better in one pass
     and worse from four on (results/laptop_latent.json)."""
     config, device = net.config, net.device
     if not (config.latent_dim or config.latent_words):
@@ -46,7 +46,7 @@ def added_latent(net, x, mask_id, rng):
     if config.latent_dim:
         z = torch.randn(*x.shape, config.latent_dim, generator=rng, device=device)
         return z * blank[:, None, None]
-    words = torch.randint(mask_id, x.shape, generator=rng, device=device)
+    words = torch.multinomial(net.word_law, x.numel(), True, generator=rng).view(x.shape)
     here = torch.rand(x.shape, generator=rng, device=device) < config.latent_words
     return torch.where(here & blank[:, None], words, -1)
 

@@ -38,7 +38,7 @@ class ModelConfig:
     causal: bool = False        # True: an autoregressive model (the judge)
     latent_dim: int = 0         # > 0: the network takes a Gaussian latent z (generator.py)
     latent_scale: float = 1.0   # of its random projection, in units of the embedding's size
-    latent_words: float = 0.0   # > 0: or words as z, at this share of the positions
+    latent_words: float = 0.0   # > 0: or words as z, at this share of the positions, by `word_law`
 
     def __post_init__(self):
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
@@ -202,6 +202,8 @@ class DiT(nn.Module):
         if config.latent_dim:
             self.latent_proj = nn.Linear(config.latent_dim, config.width, bias=False)
             self.init_latent()
+        if config.latent_words:              # even until train.py knows the frequencies of a text
+            self.register_buffer("word_law", torch.ones(config.vocab_size - 1))
 
     def init_latent(self):
         """A random map at the scale of the embeddings, never 0: a latent that does not move the

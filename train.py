@@ -30,6 +30,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -74,7 +75,10 @@ ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
 FULL_NOISE = 0.5                     # with an added latent: share of texts at t_tilde = 1, and
 FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t lets small t rule
-STEER_EVERY, STEER_P, STEER_I = 10, 1.0, 0.02     # beta "auto", see Steering
+# beta "auto", see Steering: every so many updates, by texts of so many passes at a temperature; gains
+STEER = (10, 1, 0.5, 1.0, 0.02), (50, 8, 1.0, 0.5, 0.1)
+STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
+WORDS_FROM, WORDS_POWER = 2 ** 26, 1 # frequencies of z's words: counted in so many tokens; power
 CLIP = 1.0                           # gradient norm
 
 
@@ -110,11 +114,12 @@ def parse_args(argv=None):
              "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
     add("--latent", default="state",
-        metavar="{state,words[:SHARE[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
+        metavar="{state[:BETA],words[:SHARE[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
              "[MASK]: random words at a SHARE (0.25) of positions, or DIM numbers at each, SCALE\n"
              "times the embeddings' size (64, 1); the fake's bound counts BETA times there, against\n"
-             "mode seeking: a number, or auto (default), which holds the entropy of the texts")
+             "mode seeking: a number, or auto (default), which holds the entropy of the texts,\n"
+             "also where words are visible. state: BETA in all texts (1)")
     add("--uniform_update", default="hard",
         metavar="{hard[:OWN],marginal[:OWN][:BETA],soft}",
         help="OWN: weighed, G weighs in the token it stands on, or ignored (as published); default:\n"
@@ -140,14 +145,14 @@ def parse_args(argv=None):
         raise BadInput(f"--init_from {' '.join(args.init_from)}: give a teacher and, for --stage "
                        "idlm, what the generator starts as")
     number, often = r"(?::(\d+\.?\d*))", r"(?::(\d+\.?\d*|auto))"
-    latent = re.fullmatch(rf"state|words(?:{number}{often}?)?"
+    latent = re.fullmatch(rf"state{often}?|words(?:{number}{often}?)?"
                           rf"|gaussian(?::([1-9]\d*)(?:{number}{often}?)?)?", args.latent)
-    share, *betas, dim, scale, beta = latent.groups() if latent else [0] * 5
+    beta_0, share, beta_1, dim, scale, beta_2 = latent.groups() if latent else [0] * 6
     if not latent or not 0 < float(share or 1) <= 1:
         raise BadInput(f"--latent {args.latent}: use state, words, gaussian or, say, words:0.3:1.1")
     args.latent, args.latent_dim, args.latent_scale, args.latent_words = (
         args.latent.split(":")[0], int(dim or 64), float(scale or 1), float(share or 0.25))
-    args.beta = next((b for b in (*betas, beta) if b), None)
+    args.beta = beta_0 or beta_1 or beta_2
     if args.latent != "state" and args.process == "duo":
         raise BadInput(f"--latent {args.latent} is for the masked process: leave it out")
     own = "(?::(weighed|ignored))?"
@@ -207,8 +212,10 @@ def settings_of(args, stage):
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
-    s.beta = s.beta or ("auto" if s.latent != "state" else "1")
-    s.beta = s.beta if s.beta == "auto" else float(s.beta)
+    s.beta = s.beta or ("1" if s.latent == "state" else "auto")
+    if s.beta != "auto":                 # in texts that are noise alone; in others
+        s.beta = float(s.beta)
+        s.betas = s.beta, s.beta if s.latent == "state" else 1.0
     uniform = s.process == "duo"
     soft = uniform and s.uniform_update == "soft"
     if not s.pairing:
@@ -301,10 +308,9 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
         noise = process.draw_mask(t, L, rng), process.weight(t), told
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
-        beta = 1.0
-        if s.latent != "state":                              # z alone tells such texts apart
-            blank = idlm_loss.to_device((eps.x == process.mask_id).all(1), s.device)
-            beta = torch.where(blank, s.beta, 1.0)
+        # z alone tells texts apart that are all [MASK]
+        blank = (eps.x == process.mask_id).all(1) & (s.latent != "state")
+        beta = torch.where(blank, *s.betas)
         return idlm_loss.masked_generator_loss(net, fake, teacher, eps, *noise, process.sigma(t),
                                                process.mask_id, rng, beta=beta)
     if soft:
@@ -314,7 +320,7 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     else:
         noise = *process.draw_noise(t, L, rng), *process.alpha(t), process.sigma(t)
         how = {"weigh": s.own_token == "weighed"}
-        gap = {"gap": getattr(idlm_loss, s.uniform_update + "_gap"), "beta": s.beta}
+        gap = {"gap": getattr(idlm_loss, s.uniform_update + "_gap"), "beta": torch.where(t_tilde == 1, *s.betas)}
         fake_loss, generator_loss = idlm_loss.uniform_fake_loss, idlm_loss.uniform_generator_loss
     if which == "fake":
         return fake_loss(net, fake, eps, *noise, process.K, rng, **how)
@@ -322,32 +328,32 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
 
 
 class Steering(torch.nn.Module):
-    """beta "auto": holds the entropy of the texts that beta is for at that of training text.
+    """beta "auto": holds the entropy of the generator's texts at that of training text.
 
     A generator that seeks modes writes with too few different words, one whose beta is too large
-    with too many rare ones, and which beta is right changes as it learns. So every STEER_EVERY
-    updates texts are drawn in one pass, and the difference of the unigram entropies of a text,
-    training text less drawn, sets beta by a proportional and an integral part.
+    with too many rare ones, and which beta is right changes as it learns. So texts are written now
+    and then, and what their unigram entropy lacks sets beta, by a proportional and an integral
+    part. Two numbers, each for the texts it acts on: [0] by what one pass writes, of texts that are
+    noise alone (t_tilde = 1); [1] by 8 passes, of the others. One pass at temperature 1/2, with the
+    uniform process all greedily: rows draw their words apart from each other, so what variety is
+    wanted should come from eps, which they share.
     """
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("beta", torch.ones(()))
-        self.register_buffer("integral", torch.zeros(()))
+        self.register_buffer("beta", torch.ones(2))
+        self.register_buffer("integral", torch.zeros(2))
 
-    @torch.no_grad()
-    def update(self, s, step, process, net, x_0, t_tilde, rng):
-        t_tilde = torch.ones_like(t_tilde) if s.process == "mdlm" else t_tilde
-        torch.manual_seed(-key_of(s, step, 15))            # dropout, alike in all processes
+    def update(self, which, s, process, net, x_0, rng):
+        _, passes, temperature, proportional, integral = STEER[which]
+        next_graph = torch.compiler.cudagraph_mark_step_begin
+        next_graph()
         with s.autocast:
-            eps = draw_latent(net, process, x_0, t_tilde, rng)
-            own = idlm_loss.own_token(eps, process.K, s.device) * (s.own_token == "weighed") \
-                if s.process == "duo" else ()
-            y = idlm_loss.draw_tokens(net, net.hidden(*eps).flatten(0, 1), process.K, rng, own)
-        lack = text_entropy(idlm_loss.to_device(x_0, s.device), process.K) \
-            - text_entropy(y.view(x_0.shape), process.K)
-        self.integral += STEER_I * lack
-        self.beta.copy_((1 + self.integral + STEER_P * lack).clamp(0.8, 2))
+            y = sample(net, process, *x_0.shape, passes, rng, temperature=temperature,
+                       ending="greedy", callback=lambda *_: next_graph()).tokens
+        lack = text_entropy(x_0, process.K) - text_entropy(y, process.K) + STEER_ABOVE
+        self.integral[which] += integral * lack
+        self.beta[which] = (1 + self.integral[which] + proportional * lack).clamp(0.9, 2)
 
 
 def text_entropy(tokens, K):                               # (B, L) -> () nats, mean over texts
@@ -420,6 +426,9 @@ def run_stage(args, stage, data):
         net.load_state_dict(net.state_dict() | begin.state_dict())
     if config.latent_dim:                # at the size of the embeddings that it has now
         net.init_latent()
+    if config.latent_words:
+        count = np.bincount(data.train[:WORDS_FROM], minlength=data.K)   # 0 ** 0 = 1
+        net.word_law.copy_(torch.tensor(count / count.sum()) ** WORDS_POWER)
     main, fake, steering = Trainee(net, s.lr, s), None, None
     kept = {"ema": main.ema, "main": net, "main_optimizer": main.optimizer}    # for --resume
     if stage == "idlm":
@@ -428,8 +437,8 @@ def run_stage(args, stage, data):
         follower = Trainee(fake, s.fake_lr, s, averaged=False)
         kept |= {"fake": fake, "fake_optimizer": follower.optimizer}
         if s.beta == "auto":
-            steering = kept["steering"] = Steering().to(s.device)
-            s.beta = steering.beta
+            steering = kept["steering"] = Steering()       # on the CPU, where times and masks are
+            s.betas = steering.beta
     if stage == "dcd":
         kept["round_teacher"] = teacher
     if teacher:
@@ -459,6 +468,8 @@ def run_stage(args, stage, data):
         return x_0, t[m::M], t_tilde[m::M], rng
 
     # Losses stay on the device until a line is due: the host does not wait for them in between.
+    few, one = s.grid != 1, s.grid or s.latent != "state"   # is t_tilde < 1, is it 1?
+    steers = [i for i, there in enumerate((one, few)) if steering and there]
     rows, clock, tick = [], time.time(), max(1, min(50, s.updates // 20))
     for step in range(start, s.updates):
         net.train()
@@ -469,15 +480,16 @@ def run_stage(args, stage, data):
             for part in range(1, 1 + s.fake_updates):
                 fake_loss, fake_norm = follower.update(step, part, lambda m, M: idlm_step(
                     "fake", s, process, *nets, *batch(step, part, m, M)))
-            if steering and step % STEER_EVERY == 0:
-                x_0, _, t_tilde, rng = batch(step, 15, 0, s.batch_size // s.micro_batch)
-                steering.update(s, step, process, net, x_0, t_tilde, rng)
+            for which in steers:
+                if step % STEER[which][0] == 0:
+                    x_0, *_, rng = batch(step, 15, 0, s.batch_size // s.micro_batch)
+                    steering.update(which, s, process, net, x_0, rng)
             # ======== ALGORITHM, outer problem: the generator descends the gap ========
             fake.eval().requires_grad_(False)
             loss, norm = main.update(step, 0, lambda m, M: idlm_step(
                 "generator", s, process, *nets, *batch(step, 0, m, M)))
             rows.append({"fake": fake_loss, "fake_grad": fake_norm, "gap": loss, "grad": norm} |
-                        ({"beta": s.beta.clone()} if steering else {}))
+                        {f"beta_{i}": s.betas[i].clone() for i in steers})
         else:
             if stage == "dcd" and step and step % math.ceil(s.updates / DCD_ROUNDS) == 0:
                 teacher.load_state_dict(main.ema.state_dict())

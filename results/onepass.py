@@ -90,7 +90,8 @@ TASKS = {                                # most important first; a run without "
     "teacher": [TEACHER], "plain": [{}], "one": [{"more": True}], "free": [FREE],  # what --set says
     "best": [TEACHER, {"more": True}, FREE, {"more": True, "seed": 2}, FREE | {"seed": 2}],
 }
-STEPS, TEACHER_STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4)
+STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 4, 8, 16, 32, 64)               # DUO: its teacher
+TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passes, in README
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
 LATER, LAST = "share=0.5 lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0", "beta_at=full words=0.25"
@@ -166,7 +167,7 @@ class Network(DiT):
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
     train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
-    train.FULL_NOISE_T_MIN = run["full_t_min"]
+    train.FULL_NOISE_T_MIN, train.WORDS_POWER = run["full_t_min"], run["law"]
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
@@ -204,19 +205,6 @@ def patch(run, start=None):
         idlm_loss.masked_generator_loss = lambda *a, **how: loss(*a[:6], tell(a[6]), *a[7:], **how)
 
 
-def common_words(power, count):
-    """z's words drawn from the training text's frequencies to a power, not evenly."""
-    own, share = generator.added_latent, torch.tensor(count / count.sum()) ** power
-    bounds = share.cumsum(0) / share.sum()
-
-    def drawn(net, x, mask_id, rng):
-        z = own(net, x, mask_id, rng)
-        u = torch.rand(z.shape, generator=idlm_loss.device_rng(rng, z.device), device=z.device)
-        return torch.where(z < 0, z, torch.searchsorted(bounds.to(u), u).clamp(max=mask_id - 1))
-
-    generator.added_latent = drawn
-
-
 # ---- one run ------------------------------------------------------------------------------------
 
 def variant_of(run):
@@ -227,7 +215,6 @@ def variant_of(run):
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
-    skip += ["beta"] * (run["latent"] == "state" and run["process"] == "mdlm")
     skip += ["words", "law"] * (run["latent"] != "words") + ["t_min"] * (run["latent"] == "state"
                                                                   and run["t_min"] == EPS)
     return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
@@ -268,8 +255,6 @@ def train_run(run, out, args, data):
     """-> what its records say of the training"""
     began, (teacher, _, *start) = time.time(), needs_of(run)
     patch(run, *start)
-    if run["law"]:
-        common_words(run["law"], np.bincount(data.train, minlength=data.K))
     flags = {k: run[k] for k in ("process", "latent", "uniform_update", "lr", "fake_lr", "dropout",
                                  "fake_updates", "dtype", "pairing", "updates", "seed")}
     flags |= dict(init_from=teacher, out=out, block_size=run["length"], data=args.data,
@@ -279,6 +264,8 @@ def train_run(run, out, args, data):
         flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}:{run['beta'] or 'auto'}"
     elif run["latent"] == "words":
         flags["latent"] = f"words:{run['words']}:{run['beta'] or 'auto'}"
+    elif run["process"] == "mdlm":
+        flags["latent"] = f"state:{run['beta'] or 'auto'}"
     if run["uniform_update"] == "marginal":
         flags["uniform_update"] = f"marginal:{run['beta'] or 'auto'}"
     train.PRESETS["gpu"]["save_every"] = 10 ** 9
@@ -289,7 +276,7 @@ def train_run(run, out, args, data):
     trained = {k: run[k] for k in BASE} | {"train_seconds": time.time() - began}
     for i, quarter in enumerate(np.array_split(rows, 4), 1):
         trained |= {f"{k}_{i}": float(np.mean([row[k] for row in quarter] or [math.nan]))
-                    for k in ("gap", "fake", "grad", *["beta"] * ("beta" in rows[0]))}
+                    for k in ("gap", "fake", "grad", *(k for k in rows[0] if k.startswith("beta")))}
     return trained
 
 
@@ -310,9 +297,11 @@ def work(run, sizes, args, data, gpu):
         judge = evaluate.find_judge(str(judge), data, device, out, meta)
         model, steps, endings = "idlm" if trained else "teacher", STEPS, ["ancestral"]
         if run["process"] == "duo":
-            steps, endings = DUO_STEPS, ["ancestral", "greedy"]
+            steps = DUO_STEPS if not trained else (1,) if run["pairing"] == "matched:1" else STEPS
+            endings = ["ancestral", "greedy"]
         elif not trained:
             steps = [n for n in TEACHER_STEPS if n <= run["length"]]
+        steps = args.steps or steps
         evaluate.RESAMPLES = 200
         data.train_text = lambda: args.known
         sampler, found, texts = generator.sample, [], [data.val_blocks(2 * sizes["texts"])[::2]]
@@ -547,6 +536,7 @@ def main():
     add("tasks", nargs="+", choices=[*TASKS, "merge", "table", "plot"])
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help=f"of all runs: {' '.join(BASE)}")
     add("--length", nargs="+", type=int, default=[64])
+    add("--steps", nargs="+", type=int, help="passes to sample in, else as many as a row has")
     add("--data", default=os.environ.get("NOVELS") or "data/shakespeare.txt", help="or set NOVELS")
     add("--tokenizer", choices=("char", "gpt2"), default="char")
     add("--compile", action="store_const", const="--compile", default="--no-compile",

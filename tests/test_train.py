@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -170,6 +171,7 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     names = {"teacher": {"nelbo"}, "judge": {"nll"}, "dcd": {"kl"},
              "idlm": {"gap", "fake", "fake_grad"}}[args.stage] | {"grad", "stage", "step", "ms"}
+    names |= {"beta_0", "beta_1"} if args.latent in ("gaussian", "words") else set()    # auto
     held_out = [line for line in log if "held_out" in line]
     log = [line for line in log if line not in held_out]
     assert [line["step"] for line in log] == [1, 2, 3, 4] and all(set(x) == names for x in log)
@@ -258,8 +260,8 @@ def test_who_learns(flags, teachers, monkeypatch):
     monkeypatch.setattr(train, "idlm_step", spy)
     run("--stage idlm --updates 3 --micro_batch 8 --fake_updates 2 " + flags)
     assert [call[0] for call in calls] == ["fake", "fake", "generator"] * 3
-    net, fake, teacher = ({key: x for key, x in state.items() if key != "latent_proj.weight"}
-                          for state in calls[0][4:])
+    net, fake, teacher = ({key: x for key, x in state.items()
+                           if key not in ("latent_proj.weight", "word_law")} for state in calls[0][4:])
     process, start = ("duo", "dcd") if "duo" in flags else ("mdlm", "teacher")
     assert_same(fake, teacher)
     assert_same(teacher, load(f"{process}/teacher")["ema"])
@@ -392,9 +394,11 @@ def test_duo_curriculum(monkeypatch):
 
 
 @pytest.mark.parametrize("process, update, loss", [
-    ("mdlm", "hard", "masked"), ("mdlm --latent gaussian", "hard", "masked"),
+    ("mdlm", "hard", "masked"), ("mdlm --latent gaussian:64:1:1.1", "hard", "masked"),
+    ("mdlm --latent state:1.2", "hard", "masked"),
     ("mdlm --latent words:1:1.3", "hard", "masked"),
-    ("duo", "hard", "uniform"), ("duo", "marginal", "uniform"), ("duo", "soft", "soft")])
+    ("duo", "hard", "uniform"), ("duo", "marginal", "uniform"), ("duo", "marginal:1.3", "uniform"),
+    ("duo", "soft", "soft")])
 def test_idlm_step(process, update, loss, teachers, monkeypatch):
     """The generator reads texts at t_tilde; the second noise, its weight and sigma belong to t. The
     masked fake is told 0, or with the added latent the level of t_tilde; its teacher always 0."""
@@ -427,23 +431,26 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
         alpha = 1 - (1 - EPS) * t
         if loss == "masked":
             assert torch.allclose(noise[1], (1 - EPS) / (1 - alpha))
-            told = -(1 - (1 - EPS) * t_tilde).log() if "latent" in process else 0 * t
+            z = "gaussian" in process or "words" in process
+            told = -(1 - (1 - EPS) * t_tilde).log() if z else 0 * t
             assert torch.allclose(noise[2], told)
             assert "fake" in name or not noise[3].any()
             if "fake" in name:
                 assert how == {}
-            elif "latent" in process:                      # in texts that are all [MASK]
+            elif z:                                        # in texts that are all [MASK]
                 blank = (args[3].x == args[-2]).all(1)
                 assert blank.any() and not blank.all()
                 assert torch.equal(how["beta"], torch.where(blank, 1.3 if "words" in process
                                                            else 1.1, 1.0))
             else:
-                assert how == {"beta": 1.0}
+                assert (how["beta"] == (1.2 if "1.2" in process else 1)).all()
             masked = noise[0].float().mean(1)
             assert masked[t.argmax()] > masked[t.argmin()]
         elif loss == "uniform":
             assert torch.allclose(noise[2], alpha) and torch.allclose(noise[4], -alpha.log())
-            gap = {"gap": getattr(idlm_loss, f"{update}_gap")} if "gen" in name else {}
+            gap = {"gap": getattr(idlm_loss, f"{update.split(':')[0]}_gap")} if "gen" in name else {}
+            beta = how.pop("beta", None)
+            assert beta is None if "fake" in name else (beta == (1.3 if "1.3" in update else 1)).all()
             assert how == gap | {"weigh": False}                 # characters
             kept = noise[0].float().mean(1)
             assert kept[t.argmin()] > kept[t.argmax()]
@@ -768,14 +775,62 @@ def test_own_token_follows_the_tokenizer():
         own_token("--uniform_update=soft:weighed")
 
 
-def test_beta_follows_latent_and_tokenizer():
-    def beta(*flags):
-        return train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm").beta
-    assert beta() == beta("--process=duo") == beta("--latent=gaussian", "--tokenizer=gpt2") == 1
-    assert beta("--latent=gaussian:8:2") == beta("--latent=words") == 1.1
-    assert beta("--latent=gaussian:8:2:1") == 1
-    assert beta("--latent=gaussian:64:1:1.1", "--tokenizer=gpt2") == 1.1
-    assert beta("--latent=words:0.5:1.1") == 1.1 and beta("--latent=words:1:1") == 1
+def test_beta_follows_process_and_latent():
+    def betas(*flags):
+        s = train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm")
+        return getattr(s, "betas", s.beta)
+    assert betas() == betas("--process=duo") == betas("--latent=state:1") == (1, 1)
+    assert betas("--latent=state:1.2") == (1.2, 1.2) and betas("--latent=state:auto") == "auto"
+    assert betas("--latent=gaussian:8:2") == betas("--latent=words") == "auto"
+    assert betas("--latent=gaussian:8:2:1.1") == betas("--latent=words:0.5:1.1") == (1.1, 1)
+    assert betas("--latent=words:1:1") == (1, 1) and betas("--latent=words:1:auto") == "auto"
+    marginal = "--process=duo", "--uniform_update"
+    assert betas(*marginal, "marginal") == (1, 1) and betas(*marginal, "marginal:1.1") == (1.1, 1.1)
+    assert betas(*marginal, "marginal:weighed:auto") == betas(*marginal, "marginal:auto") == "auto"
+
+
+def test_text_entropy():
+    texts = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [3, 2, 1, 0]])
+    assert torch.isclose(train.text_entropy(texts, 5), torch.tensor(math.log(2)))
+    for row in texts:
+        assert abs(train.text_entropy(row[None], 5).item() - evaluate.entropy(row.numpy())) < 1e-6
+
+
+@pytest.mark.parametrize("flags, steps", [
+    ("--latent words", {0: 1, 1: 8}), ("--latent state:auto", {1: 8}), ("--latent words:0.5:1.1", {}),
+    ("--process duo --uniform_update marginal:auto --pairing matched:4", {0: 1, 1: 8}),
+    ("--process duo --uniform_update marginal:auto --pairing matched:1", {0: 1}),
+    ("--process duo --uniform_update marginal:auto --pairing independent", {1: 8})])
+def test_steering(flags, steps, teachers, monkeypatch):
+    """beta follows what the entropy of the texts lacks: up where they have too little, down where
+    too much, within bounds; each number by texts of its own number of passes, and the losses of the
+    texts it acts on get it."""
+    monkeypatch.setattr(train, "STEER", ((1, 1, 0.5, 0.1, 0.01), (2, 8, 1.0, 0.05, 0.02)))
+    for up in (True, False):             # texts of one word alone; all words equally often
+        written, given = [], []
+        with monkeypatch.context() as patch:
+            for name in ("masked_generator_loss", "uniform_generator_loss"):
+                patch.setattr(idlm_loss, name, lambda *a, inner=getattr(idlm_loss, name), **how:
+                              given.append(how["beta"].clone()) or inner(*a, **how))
+
+            def write(net, process, B, L, passes, rng, **how):
+                written.append(passes)
+                words = torch.arange(B * L).view(B, L) % process.K
+                return types.SimpleNamespace(tokens=words * (not up))
+
+            patch.setattr(train, "sample", write)
+            patch.setattr(train, "show", lambda *a: None)
+            process = "duo" if "duo" in flags else "mdlm"
+            run(f"--stage idlm --updates 4 --micro_batch 8 --out out/{up} {flags} --init_from "
+                f"out/{process}/teacher.pt")
+        rows = [json.loads(row) for row in Path(f"out/{up}/log.jsonl").read_text().splitlines()]
+        assert {int(k[-1]) for k in rows[-1] if k.startswith("beta")} == set(steps)
+        assert sorted(written) == [1] * 4 * (0 in steps) + [8] * 2 * (1 in steps)
+        for which in steps:
+            betas = [row[f"beta_{which}"] for row in rows]
+            assert all(0.9 <= beta <= 2 for beta in betas)
+            assert betas[-1] > betas[0] > 1 if up else 1 > betas[0] >= betas[-1]
+            assert any((beta == torch.tensor(betas[i])).any() for i, beta in enumerate(given))
 
 
 def test_flag_before_stage_before_preset():
@@ -833,7 +888,7 @@ def test_device_of_a_process(monkeypatch):
     ("--process duo --uniform_update soft --pairing matched:4", "has the Gaussian's clock"),
     ("--latent gaussian:8:1:", "--latent gaussian:8:1:: use state, words"),
     ("--latent gaussian:0", "--latent gaussian:0: use state"),
-    ("--latent state:8", "--latent state:8: use state"),
+    ("--latent state:x", "--latent state:x: use state"),
     ("--stage idlm --out new", "no checkpoint at new/teacher.pt; run python train.py first"),
     ("--process duo --stage dcd --out new", "no checkpoint at new/teacher.pt; run python train.py"),
     ("--stage idlm --init_from out/duo/dcd.pt --out new", "out/duo/dcd.pt is a duo network"),
