@@ -75,8 +75,8 @@ ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
 FULL_NOISE = 0.5                     # with an added latent: share of texts at t_tilde = 1, and
 FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t lets small t rule
-# beta "auto", see Steering: every so many updates, by texts of so many passes at a temperature; gains
-STEER = (10, 1, 0.5, 1.0, 0.02), (50, 8, 1.0, 0.5, 0.1)
+STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
+                                     # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
 WORDS_FROM, WORDS_POWER = 2 ** 26, 1 # frequencies of z's words: counted in so many tokens; power
 CLIP = 1.0                           # gradient norm
@@ -334,9 +334,7 @@ class Steering(torch.nn.Module):
     with too many rare ones, and which beta is right changes as it learns. So texts are written now
     and then, and what their unigram entropy lacks sets beta, by a proportional and an integral
     part. Two numbers, each for the texts it acts on: [0] by what one pass writes, of texts that are
-    noise alone (t_tilde = 1); [1] by 8 passes, of the others. One pass at temperature 1/2, with the
-    uniform process all greedily: rows draw their words apart from each other, so what variety is
-    wanted should come from eps, which they share.
+    noise alone (t_tilde = 1); [1] by 8 passes, of the others.
     """
 
     def __init__(self):
@@ -345,12 +343,12 @@ class Steering(torch.nn.Module):
         self.register_buffer("integral", torch.zeros(2))
 
     def update(self, which, s, process, net, x_0, rng):
-        _, passes, temperature, proportional, integral = STEER[which]
+        _, passes, proportional, integral = STEER[which]
         next_graph = torch.compiler.cudagraph_mark_step_begin
         next_graph()
         with s.autocast:
-            y = sample(net, process, *x_0.shape, passes, rng, temperature=temperature,
-                       ending="greedy", callback=lambda *_: next_graph()).tokens
+            y = sample(net, process, *x_0.shape, passes, rng,
+                       callback=lambda *_: next_graph()).tokens
         lack = text_entropy(x_0, process.K) - text_entropy(y, process.K) + STEER_ABOVE
         self.integral[which] += integral * lack
         self.beta[which] = (1 + self.integral[which] + proportional * lack).clamp(0.9, 2)

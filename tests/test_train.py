@@ -805,7 +805,7 @@ def test_steering(flags, steps, teachers, monkeypatch):
     """beta follows what the entropy of the texts lacks: up where they have too little, down where
     too much, within bounds; each number by texts of its own number of passes, and the losses of the
     texts it acts on get it."""
-    monkeypatch.setattr(train, "STEER", ((1, 1, 0.5, 0.1, 0.01), (2, 8, 1.0, 0.05, 0.02)))
+    monkeypatch.setattr(train, "STEER", ((1, 1, 0.1, 0.01), (2, 8, 0.05, 0.02)))
     for up in (True, False):             # texts of one word alone; all words equally often
         written, given = [], []
         with monkeypatch.context() as patch:
@@ -828,7 +828,7 @@ def test_steering(flags, steps, teachers, monkeypatch):
         assert sorted(written) == [1] * 4 * (0 in steps) + [8] * 2 * (1 in steps)
         for which in steps:
             betas = [row[f"beta_{which}"] for row in rows]
-            assert all(0.9 <= beta <= 2 for beta in betas)
+            assert all(0.899 < beta <= 2 for beta in betas)
             assert betas[-1] > betas[0] > 1 if up else 1 > betas[0] >= betas[-1]
             assert any((beta == torch.tensor(betas[i])).any() for i, beta in enumerate(given))
 
