@@ -190,7 +190,7 @@ def main(argv=None):
     if min(getattr(args, name) for name in SIZES) < 1:
         raise BadInput("a size, --steps or --iters is below 1; give whole numbers from 1 up")
     args.device, idlm_loss.COMPILE = pick_device(args.device), args.compile
-    args.latent, args.beta, args.own_token = "state", 1.0, "weighed"
+    args.latent, args.betas, args.own_token = "state", (1.0, 1.0), "weighed"
     args.where, args.cuda = provenance(args.seed, args.device), args.device.type == "cuda"
     args.amp = torch.autocast(args.device.type, torch.bfloat16, args.cuda, cache_enabled=False)
     torch.set_float32_matmul_precision("high")

@@ -315,6 +315,9 @@ def marginal_gap(logits_g, logits_f, logits_t, z, a, dalpha, beta=1.0, K=None):
     The teacher's less the fake's is the value below. It holds the draw's dependence on G as well:
     its gradient is -dalpha times that of <G, phi(fbar) - phi(f*bar)>, the masked formula with phi
     for log, at every position and with a bounded weight. z is not used.
+
+    beta counts the fake's bound beta times, a number or (N, 1), as in masked_generator_loss. The
+    closed form leaves out what both bounds share, a number: (1 - beta) times it is in the value.
     """
     K = K or logits_g.shape[-1]
     G = upcast(logits_g).softmax(-1)
@@ -399,7 +402,7 @@ def uniform_generator_loss(generator, fake, teacher, eps, keep, noise, a, dalpha
     """NELBO(f*) - NELBO(f) on G under the exact noising law; gap: hard_gap or marginal_gap.
 
     The gradient runs through the target G alone: neither teacher nor fake is differentiated.
-    beta, of marginal_gap: see there.
+    beta: of marginal_gap, see there; a number, or (B,).
     """
     h_g = generator.hidden(*eps)
     own = own_token(eps, K, h_g.device) if weigh else ()

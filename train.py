@@ -51,8 +51,9 @@ PRESETS = {
         batch_size=64, micro_batch=64, ema=0.999, warmup=100, decay=0.1, beta2=0.95, save_every=600,
         teacher=dict(updates=2000, lr=3e-3), judge=dict(updates=450, lr=3e-3, batch_size=32),
         dcd=dict(updates=300, lr=3e-4, batch_size=32),
-        idlm=dict(updates=750, lr=2e-4, fake_lr=3e-4, batch_size=32, ema=0.99, warmup=20),
-        **{"duo idlm": dict(updates=1100)}),
+        idlm=dict(updates=750, lr=2e-4, batch_size=32, ema=0.99, warmup=20),
+        **{"mdlm idlm": dict(latent="words", fake_lr=1e-3),
+           "duo idlm": dict(updates=1100, fake_lr=3e-4)}),
     # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384", dropout=0.1,
@@ -113,10 +114,10 @@ def parse_args(argv=None):
         help="t_tilde and t of a text: drawn apart (the paper) or alike (the authors' code);\n"
              "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
-    add("--latent", default="state",
+    add("--latent",
         metavar="{state[:BETA],words[:SHARE[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
-        help="masked: eps is the noised text, or (for 1 to 4 passes) also z where all of it is\n"
-             "[MASK]: random words at a SHARE (0.25) of positions, or DIM numbers at each, SCALE\n"
+        help="masked: eps is the noised text, or (default of the laptop preset) also z where all of\n"
+             "it is [MASK]: random words at a SHARE (0.5) of positions, or DIM numbers at each, SCALE\n"
              "times the embeddings' size (64, 1); the fake's bound counts BETA times there, against\n"
              "mode seeking: a number, or auto (default), which holds the entropy of the texts,\n"
              "also where words are visible. state: BETA in all texts (1)")
@@ -144,19 +145,12 @@ def parse_args(argv=None):
     if len(args.init_from) > (2 if args.stage == "idlm" else 1):
         raise BadInput(f"--init_from {' '.join(args.init_from)}: give a teacher and, for --stage "
                        "idlm, what the generator starts as")
-    number, often = r"(?::(\d+\.?\d*))", r"(?::(\d+\.?\d*|auto))"
-    latent = re.fullmatch(rf"state{often}?|words(?:{number}{often}?)?"
-                          rf"|gaussian(?::([1-9]\d*)(?:{number}{often}?)?)?", args.latent)
-    beta_0, share, beta_1, dim, scale, beta_2 = latent.groups() if latent else [0] * 6
-    if not latent or not 0 < float(share or 1) <= 1:
-        raise BadInput(f"--latent {args.latent}: use state, words, gaussian or, say, words:0.3:1.1")
-    args.latent, args.latent_dim, args.latent_scale, args.latent_words = (
-        args.latent.split(":")[0], int(dim or 64), float(scale or 1), float(share or 0.25))
-    args.beta = beta_0 or beta_1 or beta_2
-    if args.latent != "state" and args.process == "duo":
+    if args.latent:
+        vars(args).update(parse_latent(args.latent))
+    if args.latent not in (None, "state") and args.process == "duo":
         raise BadInput(f"--latent {args.latent} is for the masked process: leave it out")
     own = "(?::(weighed|ignored))?"
-    update = re.fullmatch(f"(soft)|(hard){own}|(marginal){own}{often}?", args.uniform_update)
+    update = re.fullmatch(f"(soft)|(hard){own}|(marginal){own}{BETA}?", args.uniform_update)
     if not update:
         raise BadInput(f"--uniform_update {args.uniform_update}: use hard, marginal or soft, or of "
                        "the first two, say, hard:weighed")
@@ -176,6 +170,19 @@ def parse_args(argv=None):
         compilers = any(map(shutil.which, ("g++", "clang++", "cl")))
         args.compile = {"cuda": True, "cpu": compilers}.get(args.device.type, False)
     return args
+
+
+NUMBER, BETA = r"(?::(\d+\.?\d*))", r"(?::(\d+\.?\d*|auto))"
+
+
+def parse_latent(spec):
+    found = re.fullmatch(rf"state{BETA}?|words(?:{NUMBER}{BETA}?)?"
+                         rf"|gaussian(?::([1-9]\d*)(?:{NUMBER}{BETA}?)?)?", spec)
+    beta_0, share, beta_1, dim, scale, beta_2 = found.groups() if found else [0] * 6
+    if not found or not 0 < float(share or 1) <= 1:
+        raise BadInput(f"--latent {spec}: use state, words, gaussian or, say, words:0.3:1.1")
+    return dict(latent=spec.split(":")[0], latent_dim=int(dim or 64), beta=beta_0 or beta_1 or beta_2,
+                latent_scale=float(scale or 1), latent_words=float(share or 0.5))
 
 
 def pick_device(name):
@@ -199,6 +206,7 @@ def settings_of(args, stage):
     preset = PRESETS[args.preset]
     found = {k: v for k, v in preset.items() if not isinstance(v, dict)} | preset[stage] \
         | preset.get(f"{args.process} {stage}", {})
+    found |= parse_latent(found.get("latent", "state"))
     found |= {k: v for k, v in vars(args).items() if v is not None or k not in found}
     s = argparse.Namespace(**found | {"stage": stage})
     s.world, s.rank = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0)))
@@ -395,7 +403,8 @@ def run_stage(args, stage, data):
         raise BadInput(f"{path} is at step {start} of {saved['updates']}: finish it with --resume, "
                        "or choose another folder with --out")
     meta = dict(process="ar" if stage == "judge" else s.process, tokenizer=data.spec, stage=stage,
-                block_size=s.block_size, data=str(s.data), latent=s.latent, updates=s.updates)
+                block_size=s.block_size, data=str(s.data), updates=s.updates,
+                latent=s.latent if stage == "idlm" else "state")
     process = checkpoint.make_process(meta) if stage != "judge" else None
     config = ModelConfig(process.vocab_size if process else data.K, s.layers, s.heads, s.width,
                          dropout=s.dropout, causal=stage == "judge")

@@ -94,19 +94,20 @@ STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 4, 8, 16, 32, 64)               # DUO: 
 TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passes, in README
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
-LATER, LAST = "share=0.5 lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0", "beta_at=full words=0.25"
+LATER = "dropout=0.0 {}beta=auto{} beta_at=full {}full_t_min=0.3{}"
+FAST = f"share=0.5 lr=0.0002 fake_lr=0.001 t_min=0.001 {LATER}"
 PICK = ["latent-free: latent-free lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0 updates=5000",
         f"latent-free: latent-free {SET} updates=3500",
         f"latent-free: latent-free {SET} batch=64 updates=2000",
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
         f"gaussian: gaussian {SET} updates=3500 {BLANK}",
         f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
-        f"words: words {LATER} updates=15000 beta=1.15 {LAST}",
-        f"words: words {LATER} updates=6200 beta=1.25 {LAST}",
-        "words: words share=0.5 fake_lr=0.0003 fake_updates=2 t_min=0.3 dropout=0.0 batch=64 "
-        f"updates=3600 {LAST}",
-        "uniform marginal: uniform marginal lr=0.0004 fake_lr=0.001 dropout=0.0 pairing=matched:1 "
-        "batch=512 updates=6500"]
+        "words: words " + FAST.format("updates=4000 ", "", "words=0.25 ", " law=1.0"),
+        "words: words " + FAST.format("updates=1500 ", "", "words=0.25 ", ""),
+        "words: words share=0.5 fake_lr=0.0003 fake_updates=2 t_min=0.001 "
+        + LATER.format("batch=64 updates=3000 ", " at T 1/2", "", " law=1.0"),
+        "uniform marginal: uniform marginal lr=0.0002 fake_lr=0.001 dropout=0.0 pairing=matched:1 "
+        "beta=auto"]
 COPY = {"char": 20, "gpt2": 5}
 METRICS = {"char": "gen_ppl bits_per_char entropy known_words distinct4 gm".split(),
            "gpt2": "gen_ppl entropy distinct4 gm".split()}
@@ -217,8 +218,10 @@ def variant_of(run):
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
     skip += ["words", "law"] * (run["latent"] != "words") + ["t_min"] * (run["latent"] == "state"
                                                                   and run["t_min"] == EPS)
-    return " ".join([kind, *(f"{k}={run[k]}" for k, v in BASE.items() if k not in skip
-                             and run[k] != v)])
+    found = {k: run[k] for k, v in BASE.items() if k not in skip and run[k] != v}
+    if "beta" in found:
+        found["beta"] = run["beta"] or "auto"
+    return " ".join([kind, *(f"{k}={v}" for k, v in found.items())])
 
 
 def name_of(run):

@@ -25,7 +25,7 @@ TINY = ("--device cpu --no-compile --block_size 16 --num_layers 2 --width 32 --n
 def args():
     device = torch.device("cpu")
     return argparse.Namespace(
-        mode="train", process="duo", uniform_update="hard", latent="state", beta=1.0,
+        mode="train", process="duo", uniform_update="hard", latent="state", betas=(1.0, 1.0),
         own_token="weighed", batch_size=2, block_size=128, num_layers=2, num_heads=2, width=64,
         iters=3, dropout=0.1, ema=True, compile=False, device=device, cuda=False,
         where={"device": "NVIDIA H200"}, amp=torch.autocast("cpu", enabled=False))

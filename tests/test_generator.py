@@ -469,10 +469,12 @@ def test_monte_carlo_over_z_agrees_with_enumeration(rng):
 
 
 def test_words_as_a_latent(rng):
-    """A share of the positions of a blank text, each word as often as another: n = 80,000 positions
-    within 5 standard deviations (odds 6e-7 each). No word is the network without a latent; where
-    one stands, its embedding is added."""
+    """A share of the positions of a blank text, each word as often as its law says, at first as
+    another: n = 80,000 positions within 5 standard deviations (odds 6e-7 each). No word is the
+    network without a latent; where one stands, its embedding is added."""
     net, n = random_dit(rng, latent_words=0.3), 80_000
+    assert (net.word_law == net.word_law[0]).all()
+    net.word_law.copy_(torch.arange(K))                    # one never
     x_0 = torch.randint(K, (2 * n // 10, 10), generator=rng)
     t_tilde = torch.where(torch.arange(len(x_0)) % 2 == 0, 1.0, 0.3)
     x, sigma, z = draw_latent(net, PROCESS, x_0, t_tilde, rng)
@@ -482,7 +484,8 @@ def test_words_as_a_latent(rng):
     assert abs((z >= 0).sum() - 0.3 * n) < 5 * (0.21 * n) ** 0.5
     count = torch.bincount(z[z >= 0], minlength=K)
     m = count.sum()
-    assert len(count) == K and ((count - m / K).abs() < 5 * (m * (K - 1)) ** 0.5 / K).all()
+    law = torch.arange(K) / torch.arange(K).sum()
+    assert ((count - m * law).abs() <= 5 * (m * law * (1 - law)) ** 0.5).all() and count[0] == 0
     x, sigma, z = x[:4], sigma[:4], torch.full((4, 10), -1)
     assert torch.equal(net(x, sigma, z), net(x, sigma))
     z[0, 3] = 1
@@ -495,8 +498,10 @@ def test_monte_carlo_over_words_agrees_with_enumeration(rng):
     """One pass, two positions, the mixture's exact law over all (K + 1)^2 latents, and draws of
     draw_latent. The IDLM loss reaches the embedding of what was added."""
     net, x_0, share = random_dit(rng, latent_words=0.4), en.texts(K, 2), 0.4
+    net.word_law.copy_(torch.arange(1, K + 1))
     z = torch.cartesian_prod(*[torch.arange(-1, K)] * 2)
-    weight = torch.tensor([1 - share, *[share / K] * K], dtype=torch.float64)[z + 1].prod(1)
+    words = share * net.word_law / net.word_law.sum()
+    weight = torch.tensor([1 - share, *words], dtype=torch.float64)[z + 1].prod(1)
     blank = Latent(torch.full((len(z), 2), MASK), torch.zeros(len(z)), z)
     G = generate_probs(net, PROCESS, blank)
     exact = weight @ (G[:, 0, x_0[:, 0]] * G[:, 1, x_0[:, 1]])
@@ -535,7 +540,7 @@ def test_the_sampler_gives_the_latent_to_texts_without_a_word(rng):
     assert len(numbers) >= 3 * length and len(set(map(tuple, numbers))) == len(numbers)
     assert any((x != MASK).any(1).all() for x, _ in passes)
     assert any((x != MASK).any() and (x == MASK).all(1).any() for x, _ in passes)
-    net.config = SimpleNamespace(latent_dim=0, latent_words=1)
+    net.config, net.word_law = SimpleNamespace(latent_dim=0, latent_words=1), torch.ones(K)
     passes.clear()
     sample(net, PROCESS, n, length, 12, rng, prompt=prompt)
     assert all(torch.equal(z >= 0, (x == MASK).all(1)[:, None].expand_as(x)) for x, z in passes)

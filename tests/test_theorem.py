@@ -14,7 +14,7 @@ import torch
 import enumeration as en
 import idlm_loss
 from idlm_loss import masked_fake_loss, masked_generator_loss
-from teacher import Masked, mdlm_loss
+from teacher import Masked, Uniform, mdlm_loss
 
 TIMES = en.nodes(6)
 END = torch.ones(1, dtype=torch.float64)
@@ -85,11 +85,13 @@ def test_gap_and_its_gradient_vanish_at_the_teacher(K, L, rng):
         assert gap > 1e-5 and gradient > 1e-4
 
 
-@pytest.mark.parametrize("K, L, beta", [(3, 1, 1), (2, 2, 1), (2, 3, 1), (3, 1, 1.5), (2, 2, 1.5)])
-def test_descent_on_the_exact_gap_reaches_the_teacher_from_anywhere(K, L, beta, rng):
+@pytest.mark.parametrize("process, K, L, beta", [
+    *((Masked, *case) for case in [(3, 1, 1), (2, 2, 1), (2, 3, 1), (3, 1, 1.5), (2, 2, 1.5)]),
+    (Uniform, 3, 1, 1.5), (Uniform, 2, 2, 1.5)])
+def test_descent_on_the_exact_gap_reaches_the_teacher_from_anywhere(process, K, L, beta, rng):
     """With the fake's bound counted beta times, p*^(1 / beta), normalised; to a thousandth, since
-    alpha(1) is one."""
-    process, p_star = Masked(K + 1), en.random_law(K ** L, rng)
+    alpha(1) is one. Either process: the bound's minimum is the entropy."""
+    process, p_star = process(K + (process is Masked)), en.random_law(K ** L, rng)
     aim = (p_star.log() / beta).softmax(0)
     assert beta == 1 or (aim - p_star).abs().max() > 0.01
     for sharpness in (0.5, 2.0, 4.0):
@@ -99,7 +101,7 @@ def test_descent_on_the_exact_gap_reaches_the_teacher_from_anywhere(K, L, beta, 
         optimizer = torch.optim.Adam([theta], lr=0.2, betas=(0.8, 0.99))
         for _ in range(250):
             optimizer.zero_grad()
-            times = en.nodes(1 + L // 2)
+            times = en.nodes(1 + L // 2) if isinstance(process, Masked) else en.nodes(8, 3)
             en.exact_gap(process, theta.softmax(0), p_star, L, times, beta).backward()
             optimizer.step()
         assert (theta.softmax(0) - aim).abs().max() < (1e-6 if beta == 1 else 1e-3)

@@ -779,7 +779,8 @@ def test_beta_follows_process_and_latent():
     def betas(*flags):
         s = train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm")
         return getattr(s, "betas", s.beta)
-    assert betas() == betas("--process=duo") == betas("--latent=state:1") == (1, 1)
+    assert betas("--latent=state") == betas("--process=duo") == betas("--latent=state:1") == (1, 1)
+    assert betas() == "auto" and betas("--preset=gpu") == (1, 1)     # words; state
     assert betas("--latent=state:1.2") == (1.2, 1.2) and betas("--latent=state:auto") == "auto"
     assert betas("--latent=gaussian:8:2") == betas("--latent=words") == "auto"
     assert betas("--latent=gaussian:8:2:1.1") == betas("--latent=words:0.5:1.1") == (1.1, 1)

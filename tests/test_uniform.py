@@ -9,6 +9,7 @@ Statistical tests draw with fixed seeds, so they are repeatable; `assert_law` st
 false alarm on another seed or on another torch (below 1e-5 for each law tested, 30 in all).
 """
 import itertools
+import itertools
 import math
 
 import pytest
@@ -470,6 +471,29 @@ def test_theorem(L, how):
     assert end > 0 and kl(p, p_star) > 1e-3
     assert abs(exact_gap(share, G, p_star, how) - (kl(p, p_star) - end)) < 1e-10
     assert abs(exact_gap(share, G, p, how)) < 1e-12
+
+
+@pytest.mark.parametrize("beta", [0.9, 1.3])
+def test_beta_counts_the_bound_of_the_fake(beta):
+    """marginal_gap = E[NELBO(f*) - beta NELBO(f)] over words y ~ G and z ~ q(. | y), each bound with
+    all its terms, also where rows are longer than the vocabulary; beta (N, 1) as well as a number."""
+    K, N = 6, 5
+    logits = [random_rows(N, K, seed=seed, sharp=2).log() for seed in (22, 23, 24)]
+    G = logits[0].softmax(-1)
+    for alpha in (0.999, 0.5, 1e-3):
+        a, dalpha = column(alpha, N), column(-0.999, N)
+        truth = torch.zeros(N, **f64)
+        for y, z in itertools.product(range(K), range(K)):
+            chance = G[:, y] * (alpha * (y == z) + (1 - alpha) / K)
+            y, z = torch.full((N,), y), torch.full((N,), z)
+            bound = [hard_nelbo(f, y, z, a, dalpha) for f in logits[1:]]
+            truth += chance * (bound[1] - beta * bound[0])
+        found = marginal_gap(*logits, None, a, dalpha, beta)
+        assert torch.allclose(found, truth, rtol=1e-10, atol=1e-10)
+        assert torch.allclose(found, marginal_gap(*logits, None, a, dalpha, column(beta, N)))
+        wide = [torch.cat([x, torch.full((N, 3), -1e4, **f64)], 1) for x in logits]
+        assert torch.allclose(marginal_gap(*wide, None, a, dalpha, beta, K), truth, rtol=1e-10,
+                              atol=1e-10)
 
 
 def test_marginal_is_the_expectation_of_hard():

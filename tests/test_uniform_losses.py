@@ -238,6 +238,17 @@ def test_generator_gap_and_gradient(kind, tau, K):
     assert error < 1e-5 * found.abs().max()
 
 
+def test_beta_is_a_number_or_one_a_text():
+    """The loss is a sum over texts, each linear in its own beta."""
+    setting = Setting(7, std=1.0)
+    loss = lambda beta: code_gap(setting, "marginal", 5, beta=beta).item()
+    ones, eye, beta = torch.ones(B, **f64), torch.eye(B, **f64), torch.linspace(0.9, 1.4, B, **f64)
+    slopes = [loss(ones + row) - loss(1) for row in eye]
+    assert min(map(abs, slopes)) > 1e-3
+    assert abs(loss(ones) - loss(1)) < 1e-12 and abs(loss(1.2 * ones) - loss(1.2)) < 1e-12
+    assert abs(loss(beta) - loss(1) - sum(s * (b - 1) for s, b in zip(slopes, beta))) < 1e-10
+
+
 def test_path_gradient():
     """path_gradient=False: the same value, the gradient of the formula at a constant state; through
     the state it is another (tau 0.5, so that the state moves)."""
