@@ -49,7 +49,7 @@ VIEWS = {"extra", "knob", "screen", "row_entropy", "held_out_nll"}
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
         "mauve seconds",
-    "laptop": "process model start sampler steps passes bits_per_char entropy known_words",
+    "laptop": "process model latent start sampler steps passes bits_per_char entropy known_words",
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
     "novels_grid": "model start update sampler steps gen_ppl_matched gen_ppl entropy distinct4 gm",
@@ -323,6 +323,7 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 for schedule in schedules for n in steps]
     for name, sampler, schedule, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
+        z = "words" if net.config.latent_words else "gaussian" if net.config.latent_dim else None
         half = has_bfloat16(net.device)
         net.freeze(torch.bfloat16 if half else None)
         todo = [*(temperatures or [1.0])]
@@ -336,7 +337,7 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 tokens.numpy(), seconds=time.time() - began, model=name, sampler=sampler, steps=n,
                 schedule=schedule, process="mdlm" if isinstance(process, Masked) else "duo",
                 real=False, passes=nfe.double().mean().item(), temperature=temperature,
-                dtype="bfloat16" if half else "float32"))
+                dtype="bfloat16" if half else "float32", **({"latent": z} if z else {})))
             if judge and not temperatures:
                 todo += next_temperature(todo, [r["entropy"] for r, _ in curve], target)
         if judge and len(curve) > 1:
@@ -442,7 +443,7 @@ def plot(records, folder="assets"):
         ax = figure.subplots()
         for r in rows:
             if r not in real and r.get(y) and (x == "entropy" or r["temperature"] == 1):
-                how = " ".join(str(r[k]) for k in ("start", "update") if r.get(k))
+                how = " ".join(str(r[k]) for k in ("latent", "start", "update") if r.get(k))
                 line = f"{r['process']} {r['model']} {how}, {r['sampler']}".replace(" ,", ",")
                 line += f", {r.get('schedule', 'linear')} steps" * mixed
                 line = line, r["steps"] * (x == "entropy")

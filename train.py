@@ -328,7 +328,8 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     else:
         noise = *process.draw_noise(t, L, rng), *process.alpha(t), process.sigma(t)
         how = {"weigh": s.own_token == "weighed"}
-        gap = {"gap": getattr(idlm_loss, s.uniform_update + "_gap"), "beta": torch.where(t_tilde == 1, *s.betas)}
+        gap = {"gap": getattr(idlm_loss, s.uniform_update + "_gap"),
+               "beta": torch.where(t_tilde == 1, *s.betas)}
         fake_loss, generator_loss = idlm_loss.uniform_fake_loss, idlm_loss.uniform_generator_loss
     if which == "fake":
         return fake_loss(net, fake, eps, *noise, process.K, rng, **how)
@@ -358,8 +359,9 @@ class Steering(torch.nn.Module):
             y = sample(net, process, *x_0.shape, passes, rng,
                        callback=lambda *_: next_graph()).tokens
         lack = text_entropy(x_0, process.K) - text_entropy(y, process.K) + STEER_ABOVE
-        self.integral[which] += integral * lack
-        self.beta[which] = (1 + self.integral[which] + proportional * lack).clamp(0.9, 2)
+        total = (self.integral[which] + integral * lack).clamp(-0.1, 1)    # no further than beta
+        self.integral[which] = total
+        self.beta[which] = (1 + total + proportional * lack).clamp(0.9, 2)
 
 
 def text_entropy(tokens, K):                               # (B, L) -> () nats, mean over texts
@@ -475,7 +477,7 @@ def run_stage(args, stage, data):
         return x_0, t[m::M], t_tilde[m::M], rng
 
     # Losses stay on the device until a line is due: the host does not wait for them in between.
-    few, one = s.grid != 1, s.grid or s.latent != "state"   # is t_tilde < 1, is it 1?
+    one, few = s.grid or s.latent != "state", s.grid != 1   # are there texts of t_tilde = 1, of less?
     steers = [i for i, there in enumerate((one, few)) if steering and there]
     rows, clock, tick = [], time.time(), max(1, min(50, s.updates // 20))
     for step in range(start, s.updates):
