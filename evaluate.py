@@ -61,6 +61,7 @@ TABLES = {
     "novels_grid.row_entropy": "process model start update t_tilde row_entropy",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
+    "laptop_words": "latent steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant steps gen_ppl_matched gen_ppl entropy known_words copied",
     "onepass.screen": "variant sampler steps gen_ppl_matched gen_ppl entropy known_words copied",
