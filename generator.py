@@ -37,8 +37,8 @@ class Latent(NamedTuple):
 def added_latent(net, x, mask_id, rng):
     """z for the texts of x (B, L) that are all [MASK], or None for a network without a latent:
     N(0, 1), in the other texts 0; or words at a share of the positions, drawn as often as training
-    text has them, elsewhere -1. Visible words tell texts apart already: z beside them was no better in one pass
-    and worse from four on (results/laptop_latent.json)."""
+    text has them, elsewhere -1. Visible words tell texts apart already: z beside them was no better
+    in one pass and worse from four on (results/laptop_latent.json)."""
     config, device = net.config, net.device
     if not (config.latent_dim or config.latent_words):
         return None

@@ -352,22 +352,18 @@ class Steering(torch.nn.Module):
         self.register_buffer("integral", torch.zeros(2))
 
     def update(self, which, s, process, net, x_0, rng):
+        from evaluate import entropy                       # which itself imports this file
         _, passes, proportional, integral = STEER[which]
         next_graph = torch.compiler.cudagraph_mark_step_begin
         next_graph()
         with s.autocast:
             y = sample(net, process, *x_0.shape, passes, rng,
                        callback=lambda *_: next_graph()).tokens
-        lack = text_entropy(x_0, process.K) - text_entropy(y, process.K) + STEER_ABOVE
+        here, wanted = (np.mean([entropy(text) for text in x.numpy()]) for x in (y, x_0))
+        lack = wanted - here + STEER_ABOVE
         total = (self.integral[which] + integral * lack).clamp(-0.1, 1)    # no further than beta
         self.integral[which] = total
         self.beta[which] = (1 + total + proportional * lack).clamp(0.9, 2)
-
-
-def text_entropy(tokens, K):                               # (B, L) -> () nats, mean over texts
-    count = torch.zeros(len(tokens), K, device=tokens.device)
-    count.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=count.dtype))
-    return torch.special.entr(count / tokens.shape[1]).sum(1).mean()
 
 
 def load_networks(s, data, saved):

@@ -173,8 +173,6 @@ def patch(run, start=None):
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
         Network.where, Network.start = run["where"], start and checkpoint.load(start)["ema"]
-    if run["process"] == "duo":
-        return
     if run["latent"] != "state" and run["beta_at"] == "all":        # also beside visible words
         gap = idlm_loss.masked_generator_loss
         idlm_loss.masked_generator_loss = lambda *a, beta: gap(*a, beta=run["beta"])

@@ -371,6 +371,7 @@ def test_generate_probs_is_on_the_simplex_and_copies(rng):
 # ---- the Gaussian latent ------------------------------------------------------------------------
 
 def random_dit(rng, vocab_size=K + 1, latent_dim=0, latent_words=0.0):
+    torch.manual_seed(0)                                   # of the latent's projection
     net = DiT(ModelConfig(vocab_size=vocab_size, num_layers=2, num_heads=2, width=16, cond_dim=8,
                           latent_dim=latent_dim, latent_words=latent_words)).double()
     for name, p in net.named_parameters():

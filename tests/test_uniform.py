@@ -9,7 +9,6 @@ Statistical tests draw with fixed seeds, so they are repeatable; `assert_law` st
 false alarm on another seed or on another torch (below 1e-5 for each law tested, 30 in all).
 """
 import itertools
-import itertools
 import math
 
 import pytest
