@@ -36,7 +36,7 @@ from tqdm import tqdm
 import checkpoint
 import idlm_loss
 from data import BadInput, TextData
-from generator import sample
+from generator import SCHEDULES, sample
 from teacher import Masked
 from train import has_bfloat16, pick_device
 
@@ -269,7 +269,7 @@ def find_judge(name, data, device, out, meta):
 # ---- evaluation ---------------------------------------------------------------------------------
 
 def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
-                    metrics=METRICS, mauve=False, judge_name=None, schedules=("linear",)):
+                    metrics=METRICS, mauve=False, judge_name=None, schedules=("even",)):
     """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
     temperatures: by default 1, then 0.2 hotter or 0.1 colder until the curve of each setting has
     the entropy of held-out text well inside, at most 6. schedules: see generator.step_times."""
@@ -503,8 +503,7 @@ def parse_args(argv):
         help="default: 1, then whatever brackets the entropy of held-out text")
     add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
         default=["ancestral", "greedy"], help="last step of the uniform process")
-    add("--schedule", nargs="+", choices=("linear", "cosine"), default=["linear"],
-        help="times of the steps")
+    add("--schedule", nargs="+", choices=SCHEDULES, help="of the steps, default even; see sample.py")
     add("--num_texts", type=int, help="per setting, default 64 on a CPU, else 512")
     add("--metrics", nargs="+", default=METRICS, help=" ".join(METRICS))
     add("--mauve", action="store_true", help="MAUVE too, where mauve-text is installed")
@@ -557,7 +556,8 @@ def main(argv=None):
     records = evaluate_models(
         nets, data, judge, steps=args.steps, temperatures=args.temperatures, seed=args.seed,
         num_texts=args.num_texts or (64 if device.type == "cpu" else 512), metrics=args.metrics,
-        mauve=args.mauve, judge_name=args.judge, schedules=args.schedule)
+        mauve=args.mauve, judge_name=args.judge,
+        schedules=args.schedule or ["even" if args.process == "mdlm" else "linear"])
     provenance = checkpoint.provenance(args.seed, device) | {"judge": args.judge}
     write_json(args.out / "eval.json", {"provenance": provenance, "records": records})
     if args.records:

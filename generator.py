@@ -9,9 +9,14 @@ given eps, so the mixture carries dependencies that one factorised pass cannot. 
 teacher has to unlearn is to answer with marginals: under the IDLM loss its rows turn into atoms.
 
 One pass of the masked process starts from an all-[MASK] text, which holds no randomness: there the
-mixture has a single component, and z is what repairs it. It is added to the embedding of [MASK]
-where a text is all [MASK]: random words at a share of the positions, or N(0, 1) at each through a
-random projection (random words in place of [MASK]: Di[M]O, arXiv 2503.15457).
+mixture has a single component. Two repairs: every n-th word is there already, drawn as often as
+training text has it, which asks no network (random words among [MASK]: Di[M]O, arXiv 2503.15457);
+or z, N(0, 1) at every position, is added to the embeddings of an all-[MASK] text through a random
+projection.
+
+A pass draws its tokens independently, so they had better stand far apart: the masked sampler
+reveals every n-th position in a step, not random ones (evenly spread: Halton-MaskGIT, arXiv
+2503.17076).
 
 Sampling counts t down from 1 to 0; N steps are at most N network passes.
 To reuse: copy this file, teacher.py and idlm_loss.py.
@@ -31,24 +36,31 @@ class Latent(NamedTuple):
     """eps, the inputs of the generator's network in its order: net.hidden(*eps)."""
     x: torch.Tensor                         # x_tilde: (B, L) tokens, or a soft input (model.py)
     sigma: torch.Tensor                     # (B,)
-    z: torch.Tensor = None                  # (B, L, latent_dim) or (B, L) words, see added_latent
+    z: torch.Tensor = None                  # (B, L, latent_dim), see added_latent
+
+
+def turns(B, L, n, rng):                                   # -> (B, L) in 0 ... n - 1
+    """The step that reveals a position: every n-th one, from a random one on."""
+    return (torch.arange(L) + torch.randint(n, (B, 1), generator=rng, device=rng.device)) % n
+
+
+def draw_words(net, here, mask_id, rng):                   # (B, L) bool -> (B, L), elsewhere [MASK]
+    """Words as frequent as in training text: what a step of the sampler draws where there is
+    nothing to go by, at no pass."""
+    words = torch.multinomial(net.word_frequencies, here.numel(), True, generator=rng)
+    return torch.where(here, words.view(here.shape), mask_id)
 
 
 def added_latent(net, x, mask_id, rng):
-    """z for the texts of x (B, L) that are all [MASK], or None for a network without a latent:
-    N(0, 1), in the other texts 0; or words at a share of the positions, drawn as often as training
-    text has them, elsewhere -1. Visible words tell texts apart already: z beside them was no better
-    in one pass and worse from four on (results/laptop_latent.json)."""
+    """z for the texts of x (B, L), or None for a network without one: N(0, 1) for those that are
+    all [MASK], else 0. Visible words tell texts apart already: z beside them was no better in one
+    pass and worse from four on (results/laptop_latent.json)."""
     config, device = net.config, net.device
-    if not (config.latent_dim or config.latent_words):
+    if not config.latent_dim:
         return None
     rng, blank = device_rng(rng, device), to_device((x == mask_id).all(1), device)
-    if config.latent_dim:
-        z = torch.randn(*x.shape, config.latent_dim, generator=rng, device=device)
-        return z * blank[:, None, None]
-    words = torch.multinomial(net.word_law, x.numel(), True, generator=rng).view(x.shape)
-    here = torch.rand(x.shape, generator=rng, device=device) < config.latent_words
-    return torch.where(here & blank[:, None], words, -1)
+    z = torch.randn(*x.shape, config.latent_dim, generator=rng, device=device)
+    return z * blank[:, None, None]
 
 
 def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
@@ -60,10 +72,14 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
         x, _ = process.soft_corrupt(x_0, t_tilde, rng)
         return Latent(x, -process.gaussian(t_tilde)[2].log())
     x = process.corrupt(x_0, t_tilde, rng)
-    if isinstance(process, Masked):         # alpha(1) is 1e-3, but sampling starts without any word
-        x = x.masked_fill((t_tilde == 1)[:, None], process.mask_id)
-    z = added_latent(net, x, process.K, rng) if isinstance(process, Masked) else None
-    return Latent(x, process.sigma(t_tilde), z)
+    if not isinstance(process, Masked):
+        return Latent(x, process.sigma(t_tilde))
+    # alpha(1) is 1e-3, but sampling starts without any word, or with every n-th
+    start, n = process.prior(*x.shape, rng), net.config.latent_words
+    if n:
+        start = draw_words(net, turns(*x.shape, n, rng) == 0, process.mask_id, rng)
+    x = torch.where((t_tilde == 1)[:, None], start, x)
+    return Latent(x, process.sigma(t_tilde), added_latent(net, x, process.mask_id, rng))
 
 
 def log_rows(net, process, eps, weigh=False):              # -> log G(eps): (B, L, K)
@@ -118,11 +134,14 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
     return sample_categorical(warp(logits, temperature, top_p), u)
 
 
+SCHEDULES = "even", "linear", "cosine"
+
+
 def step_times(steps, schedule):                           # -> [1, ..., 0], steps + 1 times
-    """linear: equal steps, as published. cosine (MaskGIT, arXiv 2202.04200): small ones first, as
-    long as there are few words for the next ones to go by; t = cos(pi/2 i / steps)."""
-    if schedule not in ("linear", "cosine"):
-        raise ValueError(f"schedule {schedule!r}: choose linear or cosine")
+    """even, linear: equal steps; with cosine (MaskGIT, arXiv 2202.04200) small ones first, as long
+    as there are few words for the next ones to go by; t = cos(pi/2 i / steps)."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule {schedule!r}: choose one of {SCHEDULES}")
     x = torch.arange(steps + 1, dtype=torch.float64) / steps
     t = (math.pi / 2 * x).cos() if schedule == "cosine" else 1 - x
     return [*t[:-1].tolist(), 0.0]
@@ -130,7 +149,7 @@ def step_times(steps, schedule):                           # -> [1, ..., 0], ste
 
 @torch.no_grad()
 def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_p=1.0, prompt=None,
-           ending="ancestral", schedule="linear", callback=None):
+           ending="ancestral", schedule="even", callback=None):
     """Write num_texts texts of `length` tokens in at most `steps` network passes.
 
     net       a DiT: the teacher, or the generator in its place
@@ -138,7 +157,8 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
     ending    uniform process: 'ancestral', 'greedy' (last step: the likeliest word given also the
               token it stands on), 'greedy-published' (the likeliest word under the network alone)
-    schedule  times of the steps, see step_times
+    schedule  'even': equal steps, and of the masked process a step reveals every n-th position;
+              'linear' (as published), 'cosine': random positions; times as in step_times
     callback  called with (step, x_t (B, L)) after every step, for showing
     """
     if steps < 1:
@@ -149,23 +169,35 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
         prompt = prompt.expand(num_texts, length)
         free = prompt < 0
         x = torch.where(free, x, prompt)
-    walk = sample_masked if isinstance(process, Masked) else sample_uniform
+    walk, when = sample_uniform, None
+    if isinstance(process, Masked):
+        walk, words = sample_masked, net.config.latent_words
+        n = max(2, min(max(steps + 1, words) if words else steps, length))
+        turn, first = turns(num_texts, length, n, rng), int(words > 0)
+        if words:                                          # the first turn, at no pass
+            x = torch.where(free, draw_words(net, turn == 0, process.mask_id, rng), x)
+            free = x == process.mask_id
+        when = 1 - (turn - first + 0.5) / (n - first) if schedule == "even" else \
+            torch.rand(free.shape, generator=rng, dtype=torch.float64)
     was_training = net.training
     how = to_device(torch.tensor(temperature), net.device), top_p   # a tensor: compiled only once
     x, nfe = walk(net.eval(), process, x, free, step_times(steps, schedule), rng, how,
-                  ending=ending, callback=callback)
+                  when=when, ending=ending, callback=callback)
     net.train(was_training)
     return Sample(x.cpu(), nfe)
 
 
-def sample_masked(net, process, x, is_masked, times, rng, how, *, callback, **_):
-    """Reverse steps of the masked process. Which positions a step reveals is drawn first, on the
-    CPU: texts that reveal nothing take no pass, and the head runs at revealed positions alone."""
+def sample_masked(net, process, x, is_masked, times, rng, how, *, when, callback, **_):
+    """Reverse steps of the masked process: the step from t to s reveals the positions with
+    s <= `when` < t, (B, L) on the CPU. With `when` uniform that is exactly the ancestral step, which
+    reveals a masked position with probability (t - s) / t; no joint float32 draw over words *and*
+    [MASK], which would reveal too rarely and too greedily. Texts that reveal nothing take no pass,
+    and the head runs at revealed positions alone."""
     nfe = torch.zeros(len(x), dtype=torch.int64)
     blank = bool(is_masked.all())                          # equal texts: one pass serves them all
     device, x = net.device, to_device(x, net.device)
-    for i, (t, s) in enumerate(pairwise(times)):
-        reveal = process.reveal(is_masked, t, s, rng)
+    for i, s in enumerate(times[1:]):
+        reveal = is_masked & (when >= s)
         if reveal.any():
             chosen, here = texts_and_rows(reveal, device)
             x_in = x[chosen]

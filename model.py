@@ -38,7 +38,7 @@ class ModelConfig:
     causal: bool = False        # True: an autoregressive model (the judge)
     latent_dim: int = 0         # > 0: the network takes a Gaussian latent z (generator.py)
     latent_scale: float = 1.0   # of its random projection, in units of the embedding's size
-    latent_words: float = 0.0   # > 0: or words as z, at this share of the positions, by `word_law`
+    latent_words: int = 0       # > 0: texts begin with every so many-th word, by `word_frequencies`
 
     def __post_init__(self):
         if self.width % self.num_heads or (self.width // self.num_heads) % 2:
@@ -193,6 +193,7 @@ class DiT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.on_cpu = None                   # see word_frequencies
         self.keep = None                     # compiled for a GPU: dropout's masks, see `drawn`
         self.vocab_embed = TokenEmbedding(config.vocab_size, config.width)
         self.sigma_map = NoiseLevelEmbedding(config.cond_dim)
@@ -203,7 +204,7 @@ class DiT(nn.Module):
             self.latent_proj = nn.Linear(config.latent_dim, config.width, bias=False)
             self.init_latent()
         if config.latent_words:              # even until train.py knows the frequencies of a text
-            self.register_buffer("word_law", torch.ones(config.vocab_size - 1))
+            self.register_buffer("frequencies", torch.ones(config.vocab_size - 1))
 
     def init_latent(self):
         """A random map at the scale of the embeddings, never 0: a latent that does not move the
@@ -216,6 +217,12 @@ class DiT(nn.Module):
     def device(self):
         return self.vocab_embed.embedding.device
 
+    @property
+    def word_frequencies(self):              # on the CPU, where texts are drawn
+        if self.on_cpu is None:
+            self.on_cpu = self.frequencies.cpu()
+        return self.on_cpu
+
     def hidden(self, x, sigma, z=None):
         """Everything but the vocabulary projection.
 
@@ -226,9 +233,7 @@ class DiT(nn.Module):
             else to_device(x, self.device)
         h = self.vocab_embed(x)
         if z is not None:
-            z = to_device(z, self.device)
-            h = h + (self.latent_proj(z.to(h.dtype)) if self.config.latent_dim else
-                     self.vocab_embed(z.clamp(min=0)) * (z >= 0)[..., None])
+            h = h + self.latent_proj(to_device(z, self.device).to(h.dtype))
         sigma = to_device(sigma, self.device).to(h.dtype)
         return self.trunk(h, sigma, *self.drawn(h))
 

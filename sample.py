@@ -24,7 +24,7 @@ import torch
 
 import checkpoint
 from data import BadInput, encode, get_tokenizer
-from generator import sample
+from generator import SCHEDULES, sample
 from train import has_bfloat16, pick_device
 
 
@@ -43,9 +43,10 @@ def parse_args(argv=None):
     add("--top_p", type=float, default=1.0, help="keep the likeliest words holding this share")
     add("--ending", choices=("ancestral", "greedy", "greedy-published"), default="greedy",
         help="last step of the uniform process")
-    add("--schedule", choices=("linear", "cosine"),
-        help="times of the steps; cosine: small ones first. Default: what the model's config.json\n"
-             "says, as the shipped one's does, else linear")
+    add("--schedule", choices=SCHEDULES,
+        help="even: equal steps, of the masked process each at every n-th position; linear: at\n"
+             "random positions, as published; cosine: small steps first, also random. Default: what\n"
+             "the model's config.json says, else even")
     add("--seed", type=int, default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     add("--watch", action="store_true", help="show every step")
@@ -108,7 +109,7 @@ def main(argv=None):
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
         texts = sample(net, process, args.num_samples, length, args.steps, rng, prompt=prompt,
                        temperature=args.temperature, top_p=args.top_p, ending=args.ending,
-                       schedule=args.schedule or meta.get("schedule", "linear"),
+                       schedule=args.schedule or meta.get("schedule", "even"),
                        callback=watcher(tokenizer, args.steps) if args.watch else None)
     shown = os.path.relpath(name) if os.path.exists(name) else name
     print(f"{int(texts.nfe.max())} passes, {time.time() - began:.2f} s, seed {args.seed}, {shown} "

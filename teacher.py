@@ -80,19 +80,6 @@ class Masked:
         cross_entropy = -(x_0_probs * log_probs.masked_fill(~counts, 0)).sum(-1)
         return self.weight(t)[:, None] * cross_entropy
 
-    def reveal(self, is_masked, t, s, rng):                # (B, L) bool, t > s -> (B, L) bool
-        """The reverse step t -> s, first half: which masked positions turn into words.
-
-        Each does with probability (alpha_s - alpha_t) / (1 - alpha_t); the word is then drawn from
-        the network. Reveal first, draw second is exactly the ancestral step, asks
-        the network's head at revealed positions only, and has no joint float32 draw over words
-        *and* mask, which reveals too rarely and too greedily.
-        """
-        alpha_t, alpha_s = self.alpha(torch.tensor([t, s], dtype=torch.float64))[0]
-        p = 1.0 if s <= 0 else (alpha_s - alpha_t) / (1 - alpha_t)
-        u = torch.rand(is_masked.shape, generator=rng, device=rng.device, dtype=torch.float64)
-        return is_masked & (u < p)
-
 
 def mdlm_loss(net, process, x_0, rng, t=None):
     """MDLM's training loss, mean nats per token. x_0 (B, L) on the CPU.

@@ -79,7 +79,7 @@ FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t
 STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
-WORDS_FROM, WORDS_POWER = 2 ** 26, 1 # frequencies of z's words: counted in so many tokens; power
+WORDS_FROM = 2 ** 26                 # frequencies of words: counted in so many tokens
 CLIP = 1.0                           # gradient norm
 
 
@@ -115,12 +115,12 @@ def parse_args(argv=None):
              "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
     add("--latent",
-        metavar="{state[:BETA],words[:SHARE[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
-        help="masked: eps is the noised text, or (default of the laptop preset) also z where all of\n"
-             "it is [MASK]: random words at a SHARE (0.5) of positions, or DIM numbers at each, SCALE\n"
-             "times the embeddings' size (64, 1); the fake's bound counts BETA times there, against\n"
-             "mode seeking: a number, or auto (default), which holds the entropy of the texts,\n"
-             "also where words are visible. state: BETA in all texts (1)")
+        metavar="{state[:BETA],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
+        help="masked: eps is the noised text. Where all of it would be [MASK], words (default of the\n"
+             "laptop preset): every EVERY-th (3) word is there, by frequency; gaussian: z, DIM numbers\n"
+             "a position, SCALE times the embeddings' size (64, 1). There the fake's bound counts BETA\n"
+             "times, against mode seeking: a number, or auto (default), which holds the entropy of the\n"
+             "texts, also of the others. state: BETA in all texts (1)")
     add("--uniform_update", default="hard",
         metavar="{hard[:OWN],marginal[:OWN][:BETA],soft}",
         help="OWN: weighed, G weighs in the token it stands on, or ignored (as published); default:\n"
@@ -172,17 +172,17 @@ def parse_args(argv=None):
     return args
 
 
-NUMBER, BETA = r"(?::(\d+\.?\d*))", r"(?::(\d+\.?\d*|auto))"
+COUNT, NUMBER, BETA = r"(?::([1-9]\d*))", r"(?::(\d+\.?\d*))", r"(?::(\d+\.?\d*|auto))"
 
 
 def parse_latent(spec):
-    found = re.fullmatch(rf"state{BETA}?|words(?:{NUMBER}{BETA}?)?"
-                         rf"|gaussian(?::([1-9]\d*)(?:{NUMBER}{BETA}?)?)?", spec)
-    beta_0, share, beta_1, dim, scale, beta_2 = found.groups() if found else [0] * 6
-    if not found or not 0 < float(share or 1) <= 1:
-        raise BadInput(f"--latent {spec}: use state, words, gaussian or, say, words:0.3:1.1")
+    found = re.fullmatch(rf"state{BETA}?|words(?:{COUNT}{BETA}?)?"
+                         rf"|gaussian(?:{COUNT}(?:{NUMBER}{BETA}?)?)?", spec)
+    beta_0, every, beta_1, dim, scale, beta_2 = found.groups() if found else [0] * 6
+    if not found or every == "1":
+        raise BadInput(f"--latent {spec}: use state, words, gaussian or, say, words:4:1.1")
     return dict(latent=spec.split(":")[0], latent_dim=int(dim or 64), beta=beta_0 or beta_1 or beta_2,
-                latent_scale=float(scale or 1), latent_words=float(share or 0.5))
+                latent_scale=float(scale or 1), latent_words=int(every or 3))
 
 
 def pick_device(name):
@@ -316,9 +316,7 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
         noise = process.draw_mask(t, L, rng), process.weight(t), told
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
-        # z alone tells texts apart that are all [MASK]
-        blank = (eps.x == process.mask_id).all(1) & (s.latent != "state")
-        beta = torch.where(blank, *s.betas)
+        beta = torch.where((t_tilde == 1) & (s.latent != "state"), *s.betas)
         return idlm_loss.masked_generator_loss(net, fake, teacher, eps, *noise, process.sigma(t),
                                                process.mask_id, rng, beta=beta)
     if soft:
@@ -432,8 +430,8 @@ def run_stage(args, stage, data):
     if config.latent_dim:                # at the size of the embeddings that it has now
         net.init_latent()
     if config.latent_words:
-        count = np.bincount(data.train[:WORDS_FROM], minlength=data.K)   # 0 ** 0 = 1
-        net.word_law.copy_(torch.tensor(count / count.sum()) ** WORDS_POWER)
+        count = np.bincount(data.train[:WORDS_FROM], minlength=data.K)
+        net.frequencies.copy_(torch.tensor(count / count.sum()))
     main, fake, steering = Trainee(net, s.lr, s), None, None
     kept = {"ema": main.ema, "main": net, "main_optimizer": main.optimizer}    # for --resume
     if stage == "idlm":

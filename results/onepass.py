@@ -62,8 +62,8 @@ from teacher import EPS, stratified_times
 BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=1.0, share=0.25,
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
-            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", words=0.5,
-            full_t_min=0.0, law=0.0)
+            pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
+            full_t_min=0.0)
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -168,7 +168,7 @@ class Network(DiT):
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
     train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
-    train.FULL_NOISE_T_MIN, train.WORDS_POWER = run["full_t_min"], run["law"]
+    train.FULL_NOISE_T_MIN = run["full_t_min"]
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
@@ -181,7 +181,7 @@ def patch(run, start=None):
     def own_and_texts(net, x, mask_id, rng):
         nonlocal first
         z = own(net, x, mask_id, rng)
-        if z is None or run["latent"] == "words":
+        if z is None:
             return z
         if run["beside"] != "none":                        # at every [MASK], beside words too
             z = own(net, torch.full_like(x, mask_id), mask_id, rng)
@@ -214,8 +214,8 @@ def variant_of(run):
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
-    skip += ["words", "law"] * (run["latent"] != "words") + ["t_min"] * (run["latent"] == "state"
-                                                                  and run["t_min"] == EPS)
+    skip += ["every"] * (run["latent"] != "words")
+    skip += ["t_min"] * (run["latent"] == "state" and run["t_min"] == EPS)
     found = {k: run[k] for k, v in BASE.items() if k not in skip and run[k] != v}
     if "beta" in found:
         found["beta"] = run["beta"] or "auto"
@@ -264,7 +264,7 @@ def train_run(run, out, args, data):
     if run["latent"] == "gaussian":
         flags["latent"] = f"gaussian:{run['dim']}:{run['scale']}:{run['beta'] or 'auto'}"
     elif run["latent"] == "words":
-        flags["latent"] = f"words:{run['words']}:{run['beta'] or 'auto'}"
+        flags["latent"] = f"words:{run['every']}:{run['beta'] or 'auto'}"
     elif run["process"] == "mdlm":
         flags["latent"] = f"state:{run['beta'] or 'auto'}"
     if run["uniform_update"] == "marginal":
@@ -322,7 +322,7 @@ def work(run, sizes, args, data, gpu):
             records = evaluate.evaluate_models(
                 {model: (net, checkpoint.make_process(meta), endings)}, data, judge, steps=steps,
                 num_texts=sizes["texts"], seed=run["seed"], metrics=METRICS[args.tokenizer],
-                judge_name="ar")
+                judge_name="ar", schedules=["linear"] if run["process"] == "duo" else args.schedule)
             for record, tokens in zip(records, texts, strict=True):
                 x = tokens.numpy()
                 code = grams(x, n)
@@ -538,6 +538,7 @@ def main():
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help=f"of all runs: {' '.join(BASE)}")
     add("--length", nargs="+", type=int, default=[64])
     add("--steps", nargs="+", type=int, help="passes to sample in, else as many as a row has")
+    add("--schedule", nargs="+", default=["even"], choices=generator.SCHEDULES)
     add("--data", default=os.environ.get("NOVELS") or "data/shakespeare.txt", help="or set NOVELS")
     add("--tokenizer", choices=("char", "gpt2"), default="char")
     add("--compile", action="store_const", const="--compile", default="--no-compile",

@@ -459,7 +459,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
 # ---- export -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("process, words, latent_dim, latent_words", [
-    ("mdlm", 13, 0, 0), ("mdlm", 13, 6, 0), ("mdlm", 13, 0, 0.5), ("duo", 12, 0, 0),
+    ("mdlm", 13, 0, 0), ("mdlm", 13, 6, 0), ("mdlm", 13, 0, 5), ("duo", 12, 0, 0),
     ("duo", 13, 0, 0)])
 def test_export_and_import_are_the_identity(tmp_path, process, words, latent_dim, latent_words):
     net = small_net(vocab_size=words, latent_dim=latent_dim, latent_words=latent_words,
@@ -475,7 +475,7 @@ def test_export_and_import_are_the_identity(tmp_path, process, words, latent_dim
     if latent_dim:
         wanted["backbone.latent_proj.weight"] = (16, latent_dim)
     if latent_words:
-        wanted["backbone.word_law"] = (words - 1,)
+        wanted["backbone.frequencies"] = (words - 1,)
     stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert {key: tuple(w.shape) for key, w in stored.items()} == wanted
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -46,24 +46,37 @@ def chance_to_reveal(i, steps, schedule):
 
 
 def law_of_sampling(rows, steps, prompt=(-1,) * L, schedule="linear"):
-    """The law of the finished texts, by walking every path: dict of text -> probability.
+    """The law of the finished texts: dict of text -> probability. rows: for every noised text a
+    list of L distributions. `even`: n turns begin at each position equally often."""
+    if schedule != "even":
+        return walk(lambda i, l: chance_to_reveal(i, steps, schedule), [rows] * steps, prompt)
+    n = max(2, min(steps, L))
+    return mean_of(walk(lambda i, l: ((l + first) % n + 0.5) * steps // n == i, [rows] * steps, prompt)
+                   for first in range(n))
 
-    rows: for every noised text a list of L distributions. The words revealed in one step are
-    independent.
-    """
+
+def walk(reveals, rows, prompt=(-1,) * L):
+    """Every path. reveals(i, l): chance that step i reveals position l; rows[i]: what it draws a
+    word from. The words revealed in one step are independent."""
     now = {tuple(MASK if word < 0 else word for word in prompt): 1.0}
-    for i in range(steps):
-        reveal, then = chance_to_reveal(i, steps, schedule), {}
+    for i, table in enumerate(rows):
+        then = {}
         for text, chance in now.items():
             index = sum(word * (K + 1) ** (L - 1 - l) for l, word in enumerate(text))
             options = [[(word, 1.0)] if word != MASK else
-                       [(v, reveal * rows[index][l][v]) for v in range(K)] + [(MASK, 1 - reveal)]
-                       for l, word in enumerate(text)]
+                       [(v, reveals(i, l) * table[index][l][v]) for v in range(K)] +
+                       [(MASK, 1 - reveals(i, l))] for l, word in enumerate(text)]
             for choice in product(*options):
                 new = tuple(word for word, _ in choice)
                 then[new] = then.get(new, 0) + chance * math.prod(p for _, p in choice)
         now = then
     return {text: chance for text, chance in now.items() if chance > 0}
+
+
+def mean_of(laws):
+    laws = [*laws]
+    return {text: sum(law.get(text, 0) for law in laws) / len(laws)
+            for text in {text for law in laws for text in law}}
 
 
 def chi_square_p(tokens, law):
@@ -81,19 +94,21 @@ def chi_square_p(tokens, law):
 # ---- the law of the sampled texts ---------------------------------------------------------------
 
 @pytest.mark.parametrize("steps, schedule", [(1, "linear"), (2, "linear"), (3, "linear"),
-                                             (7, "linear"), (2, "cosine"), (7, "cosine")])
+                                             (7, "linear"), (2, "cosine"), (7, "cosine"),
+                                             (1, "even"), (2, "even"), (3, "even"), (7, "even")])
 def test_sampled_texts_follow_the_exact_law(steps, schedule, rng):
     """27 texts, 200,000 samples, chi-square p > 1e-5 (false alarm 1e-5 each). The laws of 1, 2
-    and 3 steps are far apart, those of both schedules too: the samples of one fail against the law
-    of another."""
+    and 3 steps are far apart, those of the schedules too: the samples of one fail against the law
+    of another. Even turns take no more passes than there are positions."""
     net = table(rng)
     rows = net.logits[..., :K].softmax(-1).tolist()
     out = sample(net, PROCESS, 200_000, L, steps, rng, schedule=schedule)
     assert out.tokens.min() >= 0 and out.tokens.max() < K  # no mask left
     assert out.nfe.min() >= 1 and out.nfe.max() <= steps and len(net.seen) <= steps
+    assert schedule != "even" or (out.nfe == min(steps, L)).all()
     assert chi_square_p(out.tokens, law_of_sampling(rows, steps, schedule=schedule)) > 1e-5
     if steps > 1:
-        other = {"cosine": "linear", "linear": "cosine"}[schedule]
+        other = {"cosine": "linear", "linear": "even", "even": "linear"}[schedule]
         assert chi_square_p(out.tokens, law_of_sampling(rows, 1)) < 1e-9
         assert chi_square_p(out.tokens, law_of_sampling(rows, steps, schedule=other)) < 1e-9
 
@@ -103,13 +118,14 @@ def test_an_unknown_schedule_is_refused(rng):
         sample(table(rng), PROCESS, 2, L, 2, rng, schedule="cosin")
 
 
-def test_prompted_texts_follow_the_conditional_law(rng):
+@pytest.mark.parametrize("schedule", ["linear", "even"])
+def test_prompted_texts_follow_the_conditional_law(schedule, rng):
     """One clamped token in the middle and two steps: the same test (false alarm 1e-5)."""
     net, prompt = table(rng), (-1, 2, -1)
     rows = net.logits[..., :K].softmax(-1).tolist()
-    out = sample(net, PROCESS, 200_000, L, 2, rng, prompt=torch.tensor(prompt))
+    out = sample(net, PROCESS, 200_000, L, 2, rng, prompt=torch.tensor(prompt), schedule=schedule)
     assert (out.tokens[:, 1] == 2).all()
-    assert chi_square_p(out.tokens, law_of_sampling(rows, 2, prompt)) > 1e-5
+    assert chi_square_p(out.tokens, law_of_sampling(rows, 2, prompt, schedule)) > 1e-5
 
 
 def nucleus(row, top_p):                                   # the fewest words holding top_p
@@ -125,7 +141,8 @@ def test_temperature_and_top_p_change_the_law_as_they_say(rng):
     net = table(rng)
     rows = [[nucleus(row, 0.8) for row in text]
             for text in (net.logits[..., :K] / 0.7).softmax(-1).tolist()]
-    out = sample(net, PROCESS, 200_000, L, 2, rng, temperature=0.7, top_p=0.8)
+    out = sample(net, PROCESS, 200_000, L, 2, rng, temperature=0.7, top_p=0.8,
+                 schedule="linear")
     assert chi_square_p(out.tokens, law_of_sampling(rows, 2)) > 1e-5
     uncut = (net.logits[..., :K] / 0.7).softmax(-1).tolist()
     assert chi_square_p(out.tokens, law_of_sampling(uncut, 2)) < 1e-9
@@ -202,15 +219,16 @@ def test_the_shortcuts_change_nothing(prompt):
     rng, n, length, steps, process = seeded(3), 6, 6, 9, Masked(7)
     net = random_dit(rng, vocab_size=7)
     prompt = None if prompt is None else torch.tensor(prompt)
-    ours = sample(net, process, n, length, steps, seeded(5), prompt=prompt)
+    ours = sample(net, process, n, length, steps, seeded(5), prompt=prompt, schedule="linear")
 
     draws, x = seeded(5), torch.full((n, length), 6)
+    torch.randint(2, (n, 1), generator=draws)              # the turns of schedule even
+    when = torch.rand(n, length, generator=draws, dtype=torch.float64)
     if prompt is not None:
         x = torch.where(prompt < 0, x, prompt)
     passes = torch.zeros(n, dtype=torch.int64)
     for i in range(steps):
-        u = torch.rand(n, length, generator=draws, dtype=torch.float64)
-        reveal = (x == 6) & (u < chance_to_reveal(i, steps, "linear"))
+        reveal = (x == 6) & (when >= (steps - 1 - i) / steps)
         cdf = net(x, torch.zeros(n))[..., :6].softmax(-1).cumsum(-1)[reveal]
         u = torch.rand(len(cdf), generator=draws, dtype=torch.float64)
         x = x.clone()
@@ -370,7 +388,7 @@ def test_generate_probs_is_on_the_simplex_and_copies(rng):
 
 # ---- the Gaussian latent ------------------------------------------------------------------------
 
-def random_dit(rng, vocab_size=K + 1, latent_dim=0, latent_words=0.0):
+def random_dit(rng, vocab_size=K + 1, latent_dim=0, latent_words=0):
     torch.manual_seed(0)                                   # of the latent's projection
     net = DiT(ModelConfig(vocab_size=vocab_size, num_layers=2, num_heads=2, width=16, cond_dim=8,
                           latent_dim=latent_dim, latent_words=latent_words)).double()
@@ -469,51 +487,74 @@ def test_monte_carlo_over_z_agrees_with_enumeration(rng):
     assert ((without - exact).abs() > 10 * error).any()    # z = 0 is not the mixture
 
 
-def test_words_as_a_latent(rng):
-    """A share of the positions of a blank text, each word as often as its law says, at first as
-    another: n = 80,000 positions within 5 standard deviations (odds 6e-7 each). No word is the
-    network without a latent; where one stands, its embedding is added."""
-    net, n = random_dit(rng, latent_words=0.3), 80_000
-    assert (net.word_law == net.word_law[0]).all()
-    net.word_law.copy_(torch.arange(K))                    # one never
-    x_0 = torch.randint(K, (2 * n // 10, 10), generator=rng)
+def test_texts_begin_with_words(rng):
+    """Where t_tilde = 1, every 4th position from each of four equally often, the rest [MASK]; each
+    word as often as the frequencies say, at first as another: n = 40,000 within 5 standard
+    deviations (odds 6e-7 each). Other texts are noised as ever."""
+    net, n = random_dit(rng, latent_words=4), 40_000
+    assert (net.word_frequencies == net.word_frequencies[0]).all()
+    net = random_dit(rng, latent_words=4)
+    net.frequencies.copy_(torch.arange(K))                 # one never
+    x_0 = torch.randint(K, (2 * n // 3, 12), generator=rng)
     t_tilde = torch.where(torch.arange(len(x_0)) % 2 == 0, 1.0, 0.3)
     x, sigma, z = draw_latent(net, PROCESS, x_0, t_tilde, rng)
-    blank = (x == MASK).all(1)
-    assert z.shape == x.shape and (z[~blank] == -1).all() and blank[::2].all()
-    z = z[::2].flatten()
-    assert abs((z >= 0).sum() - 0.3 * n) < 5 * (0.21 * n) ** 0.5
-    count = torch.bincount(z[z >= 0], minlength=K)
-    m = count.sum()
-    law = torch.arange(K) / torch.arange(K).sum()
-    assert ((count - m * law).abs() <= 5 * (m * law * (1 - law)) ** 0.5).all() and count[0] == 0
-    x, sigma, z = x[:4], sigma[:4], torch.full((4, 10), -1)
-    assert torch.equal(net(x, sigma, z), net(x, sigma))
-    z[0, 3] = 1
-    h = net.vocab_embed(x)
-    h[0, 3] += net.vocab_embed.embedding[1]
-    assert torch.equal(net.hidden(x, sigma, z), net.trunk(h, sigma.double(), *net.drawn(h)))
+    assert z is None
+    here = x[::2] != MASK
+    first = here.int().argmax(1)
+    assert torch.equal(here, (torch.arange(12) - first[:, None]) % 4 == 0) and first.max() == 3
+    m = len(first)
+    assert ((torch.bincount(first) - m / 4).abs() < 5 * (m * 3 / 16) ** 0.5).all()
+    words, law = x[::2][here], torch.arange(K) / torch.arange(K).sum()
+    assert len(words) == n // 3 * 3
+    count = torch.bincount(words, minlength=K)
+    assert ((count - n * law).abs() <= 5 * (n * law * (1 - law)) ** 0.5).all() and count[0] == 0
+    shown = x[1::2] != MASK
+    assert torch.equal(x[1::2][shown], x_0[1::2][shown]) and 0.6 < shown.double().mean() < 0.8
 
 
 def test_monte_carlo_over_words_agrees_with_enumeration(rng):
-    """One pass, two positions, the mixture's exact law over all (K + 1)^2 latents, and draws of
-    draw_latent. The IDLM loss reaches the embedding of what was added."""
-    net, x_0, share = random_dit(rng, latent_words=0.4), en.texts(K, 2), 0.4
-    net.word_law.copy_(torch.arange(1, K + 1))
-    z = torch.cartesian_prod(*[torch.arange(-1, K)] * 2)
-    words = share * net.word_law / net.word_law.sum()
-    weight = torch.tensor([1 - share, *words], dtype=torch.float64)[z + 1].prod(1)
-    blank = Latent(torch.full((len(z), 2), MASK), torch.zeros(len(z)), z)
-    G = generate_probs(net, PROCESS, blank)
-    exact = weight @ (G[:, 0, x_0[:, 0]] * G[:, 1, x_0[:, 1]])
+    """One pass, three positions of which every second is there: the mixture's exact law over all
+    beginnings, and draws of draw_latent. What is visible is copied."""
+    net, x_0 = random_dit(rng, latent_words=2), en.texts(K, 3)
+    net.frequencies.copy_(torch.arange(1, K + 1))
+    law, exact = torch.arange(1, K + 1).double() / 6, 0
+    for first in range(2):
+        here = (torch.arange(3) + first) % 2 == 0
+        G = generate_probs(net, PROCESS, Latent(torch.where(here, x_0, MASK), torch.zeros(len(x_0))))
+        rows = torch.where(here, law[x_0], G.gather(-1, x_0[..., None])[..., 0])
+        exact = exact + rows.prod(1) / 2
     assert abs(exact.sum() - 1) < 1e-9
     error = assert_estimated(net, x_0, exact, rng)
-    without = G[0, 0, x_0[:, 0]] * G[0, 1, x_0[:, 1]]      # z = (-1, -1)
+    net.config.latent_words = 0
+    blank = Latent(torch.full((1, 3), MASK), torch.zeros(1))
+    without = generate_probs(net, PROCESS, blank)[0, torch.arange(3), x_0].prod(1)
     assert ((without - exact).abs() > 10 * error).any()
-    sigma = torch.zeros(len(z))
-    masked_generator_loss(net, random_dit(rng), random_dit(rng), blank, blank.x == MASK,
-                          torch.ones(len(z)), sigma, sigma, MASK, rng).backward()
-    assert (net.vocab_embed.embedding.grad.abs().amax(1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("steps, schedule", [(1, "even"), (2, "even"), (2, "linear")])
+def test_sampling_begins_with_words(steps, schedule, rng):
+    """The first of n = steps + 1 turns (of at least latent_words = 3, at most L) costs no pass; its
+    words are independent. Chi-square as above."""
+    net, law = table(rng), torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    rows = net.logits[..., :K].softmax(-1).tolist()
+    net.config, net.word_frequencies = SimpleNamespace(latent_dim=0, latent_words=3), law
+    out = sample(net, PROCESS, 200_000, L, steps, rng, schedule=schedule)
+    begin = [[law.tolist()] * L] * (K + 1) ** L
+
+    def chance(i, l, first):
+        turn = (l + first) % 3
+        if not i or not turn or schedule == "even":        # turn 0 | 1, 2 or 1 | 2
+            return turn == 0 if not i else turn > 0 and (turn - 1) * steps // 2 == i - 1
+        return chance_to_reveal(i - 1, steps, schedule)
+
+    wanted = mean_of(walk(lambda i, l: chance(i, l, first), [begin] + [rows] * steps)
+                     for first in range(3))
+    assert chi_square_p(out.tokens, wanted) > 1e-5
+    assert out.nfe.max() <= steps and (schedule != "even" or (out.nfe == steps).all())
+    assert chi_square_p(out.tokens, law_of_sampling(rows, steps + 1, schedule="even")) < 1e-9
+    prompt = torch.tensor([-1, 2, -1])
+    out = sample(net, PROCESS, 100, L, steps, rng, prompt=prompt, schedule=schedule)
+    assert (out.tokens[:, 1] == 2).all() and (out.tokens < K).all()
 
 
 def test_the_sampler_gives_the_latent_to_texts_without_a_word(rng):
@@ -530,7 +571,7 @@ def test_the_sampler_gives_the_latent_to_texts_without_a_word(rng):
     net.hidden = hidden
     prompt = torch.full((n, length), -1)
     prompt[0, 0] = 1
-    sample(net, PROCESS, n, length, 12, rng, prompt=prompt)
+    sample(net, PROCESS, n, length, 12, rng, prompt=prompt, schedule="linear")
     numbers = []
     for x, z in passes:
         blank = (x == MASK).all(1)
@@ -541,12 +582,7 @@ def test_the_sampler_gives_the_latent_to_texts_without_a_word(rng):
     assert len(numbers) >= 3 * length and len(set(map(tuple, numbers))) == len(numbers)
     assert any((x != MASK).any(1).all() for x, _ in passes)
     assert any((x != MASK).any() and (x == MASK).all(1).any() for x, _ in passes)
-    net.config, net.word_law = SimpleNamespace(latent_dim=0, latent_words=1), torch.ones(K)
-    passes.clear()
-    sample(net, PROCESS, n, length, 12, rng, prompt=prompt)
-    assert all(torch.equal(z >= 0, (x == MASK).all(1)[:, None].expand_as(x)) for x, z in passes)
-    assert any((z >= 0).any() for _, z in passes)
-    net.config.latent_words = 0
+    net.config = SimpleNamespace(latent_dim=0, latent_words=0)
     passes.clear()
     sample(net, PROCESS, n, length, 1, rng)
     assert [(len(x), z) for x, z in passes] == [(1, None)]

@@ -475,21 +475,3 @@ def test_nelbo_of_soft_targets(rng):
     for gradient in torch.autograd.grad(nelbo.sum(), (logits, target)):
         assert gradient.isfinite().all() and (gradient[x_t != MASK] == 0).all()
         assert (gradient[x_t == MASK] != 0).any()
-
-
-# ---- the reverse step ---------------------------------------------------------------------------
-
-def test_reveal_rates(rng):
-    """(alpha_s - alpha_t) / (1 - alpha_t) at masked positions, none at visible ones, everything at
-    s = 0. The first of 1,024 steps is where a joint float32 draw over words and [MASK] reveals
-    0.149 of what it should: 2,000,000 positions give 1,953 +- 44, so 5 standard deviations are 11 %
-    (four rates, false alarm 2e-6)."""
-    n = 2_000_000
-    is_masked = torch.ones(4, n // 2, dtype=torch.bool)
-    is_masked[2:] = False
-    for t, s in ((1.0, 1 - 1 / 1024), (1.0, 0.75), (0.5, 0.25), (2 / 256, 1 / 256)):
-        reveal = PROCESS.reveal(is_masked, t, s, rng)
-        p = (t - s) / t                                    # log-linear: EPS cancels
-        assert not reveal[2:].any()
-        assert abs(reveal.sum() - n * p) < 5 * (n * p * (1 - p)) ** 0.5
-    assert torch.equal(PROCESS.reveal(is_masked, 0.01, 0.0, rng), is_masked)

@@ -89,7 +89,7 @@ def test_law_is_what_sample_draws_from(name, latent_dim, steps, rng):
     P, spread = tables.mean(0), 0
     if latent_dim:
         spread = 3 * torch.stack([squares(table) for table in tables]).var(0) / 4
-    x = sample(net, process, n, 2, steps, rng).tokens
+    x = sample(net, process, n, 2, steps, rng, schedule="linear").tokens
     counts = torch.bincount(x[:, 0] // 5 * 10 + x[:, 1] // 5, minlength=100)
 
     def worst(share):

@@ -133,7 +133,7 @@ def kill_after(monkeypatch, step):
 # ---- stages -------------------------------------------------------------------------------------
 
 STAGES = ["--stage teacher", "--stage idlm", "--stage idlm --latent gaussian",
-          "--stage idlm --latent words:0.25", "--stage idlm --pairing matched --fake_updates 2",
+          "--stage idlm --latent words:6", "--stage idlm --pairing matched --fake_updates 2",
           "--stage judge",
           "--process duo --stage teacher", "--process duo --stage dcd",
           "--process duo --stage idlm", "--process duo --stage idlm --uniform_update marginal",
@@ -161,7 +161,7 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
         (4, 4, args.stage, is_a, 16)
     assert net.config.causal == (is_a == "ar") and net.config.dropout == 0.1
     assert net.config.latent_dim == (args.latent_dim if args.latent == "gaussian" else 0)
-    assert net.config.latent_words == (0.25 if args.latent == "words" else 0)
+    assert net.config.latent_words == (6 if args.latent == "words" else 0)
     assert all(p.isfinite().all() for p in net.parameters())
     if args.stage in ("dcd", "idlm"):        # it goes some way from where it starts
         assert (meta["teacher"], meta["start"]) == (str(teacher), str(start))
@@ -260,7 +260,7 @@ def test_who_learns(flags, teachers, monkeypatch):
     monkeypatch.setattr(train, "idlm_step", spy)
     run("--stage idlm --updates 3 --micro_batch 8 --fake_updates 2 " + flags)
     assert [call[0] for call in calls] == ["fake", "fake", "generator"] * 3
-    latent = "latent_proj.weight", "word_law"
+    latent = "latent_proj.weight", "frequencies"
     net, fake, teacher = ({key: x for key, x in state.items() if key not in latent}
                           for state in calls[0][4:])
     process, start = ("duo", "dcd") if "duo" in flags else ("mdlm", "teacher")
@@ -397,7 +397,7 @@ def test_duo_curriculum(monkeypatch):
 @pytest.mark.parametrize("process, update, loss", [
     ("mdlm", "hard", "masked"), ("mdlm --latent gaussian:64:1:1.1", "hard", "masked"),
     ("mdlm --latent state:1.2", "hard", "masked"),
-    ("mdlm --latent words:1:1.3", "hard", "masked"),
+    ("mdlm --latent words:3:1.3", "hard", "masked"),
     ("duo", "hard", "uniform"), ("duo", "marginal", "uniform"), ("duo", "marginal:1.3", "uniform"),
     ("duo", "soft", "soft")])
 def test_idlm_step(process, update, loss, teachers, monkeypatch):
@@ -438,9 +438,11 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
             assert "fake" in name or not noise[3].any()
             if "fake" in name:
                 assert how == {}
-            elif z:                                        # in texts that are all [MASK]
-                blank = (args[3].x == args[-2]).all(1)
+            elif z:                                        # in texts that begin as sampling does
+                blank = t_tilde == 1
                 assert blank.any() and not blank.all()
+                seen = (args[3].x[blank] != args[-2]).float().mean()
+                assert 0.3 < seen < 0.4 if "words" in process else seen == 0
                 assert torch.equal(how["beta"], torch.where(blank, 1.3 if "words" in process
                                                            else 1.1, 1.0))
             else:
@@ -784,15 +786,15 @@ def test_beta_follows_process_and_latent():
     assert betas() == "auto" and betas("--preset=gpu") == (1, 1)     # words; state
     assert betas("--latent=state:1.2") == (1.2, 1.2) and betas("--latent=state:auto") == "auto"
     assert betas("--latent=gaussian:8:2") == betas("--latent=words") == "auto"
-    assert betas("--latent=gaussian:8:2:1.1") == betas("--latent=words:0.5:1.1") == (1.1, 1)
-    assert betas("--latent=words:1:1") == (1, 1) and betas("--latent=words:1:auto") == "auto"
+    assert betas("--latent=gaussian:8:2:1.1") == betas("--latent=words:5:1.1") == (1.1, 1)
+    assert betas("--latent=words:2:1") == (1, 1) and betas("--latent=words:2:auto") == "auto"
     marginal = "--process=duo", "--uniform_update"
     assert betas(*marginal, "marginal") == (1, 1) and betas(*marginal, "marginal:1.1") == (1.1, 1.1)
     assert betas(*marginal, "marginal:weighed:auto") == betas(*marginal, "marginal:auto") == "auto"
 
 
 @pytest.mark.parametrize("flags, steps", [
-    ("--latent words", {0: 1, 1: 8}), ("--latent state:auto", {1: 8}), ("--latent words:0.5:1.1", {}),
+    ("--latent words", {0: 1, 1: 8}), ("--latent state:auto", {1: 8}), ("--latent words:5:1.1", {}),
     ("--process duo --uniform_update marginal:auto --pairing matched:4", {0: 1, 1: 8}),
     ("--process duo --uniform_update marginal:auto --pairing matched:1", {0: 1}),
     ("--process duo --uniform_update marginal:auto --pairing independent", {1: 8})])
@@ -876,7 +878,7 @@ def test_device_of_a_process(monkeypatch):
     ("--process duo --latent words", "--latent words is for the masked process"),
     ("--latent noise", "--latent noise: use state, words, gaussian or"),
     ("--latent words:0", "--latent words:0: use state"),
-    ("--latent words:1.5", "--latent words:1.5: use state"),
+    ("--latent words:1", "--latent words:1: use state"),
     ("--uniform_update gentle", "--uniform_update gentle: use hard, marginal or"),
     ("--pairing none", "--pairing none: use independent or matched"),
     ("--pairing matched:0", "--pairing matched:0: use independent or matched"),
