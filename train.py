@@ -117,7 +117,7 @@ def parse_args(argv=None):
     add("--latent",
         metavar="{state[:BETA],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: eps is the noised text. Where all of it would be [MASK], words (default of the\n"
-             "laptop preset): every EVERY-th (3) word is there, by frequency; gaussian: z, DIM numbers\n"
+             "laptop preset): every EVERY-th (4) word is there, by frequency; gaussian: z, DIM numbers\n"
              "a position, SCALE times the embeddings' size (64, 1). There the fake's bound counts BETA\n"
              "times, against mode seeking: a number, or auto (default), which holds the entropy of the\n"
              "texts, also of the others. state: BETA in all texts (1)")
@@ -180,9 +180,9 @@ def parse_latent(spec):
                          rf"|gaussian(?:{COUNT}(?:{NUMBER}{BETA}?)?)?", spec)
     beta_0, every, beta_1, dim, scale, beta_2 = found.groups() if found else [0] * 6
     if not found or every == "1":
-        raise BadInput(f"--latent {spec}: use state, words, gaussian or, say, words:4:1.1")
+        raise BadInput(f"--latent {spec}: use state, words, gaussian or, say, words:5:1.1")
     return dict(latent=spec.split(":")[0], latent_dim=int(dim or 64), beta=beta_0 or beta_1 or beta_2,
-                latent_scale=float(scale or 1), latent_words=int(every or 3))
+                latent_scale=float(scale or 1), latent_words=int(every or 4))
 
 
 def pick_device(name):
