@@ -102,9 +102,9 @@ PICK = ["latent-free: latent-free lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0 
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
         f"gaussian: gaussian {SET} updates=3500 {BLANK}",
         f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
-        "words: words " + FAST.format("updates=4000 ", "", "words=0.25 ", " law=1.0"),
-        "words: words " + FAST.format("updates=1500 ", "", "words=0.25 ", ""),
-        "words: words share=0.5 fake_lr=0.0003 fake_updates=2 t_min=0.001 "
+        "words added: words " + FAST.format("updates=4000 ", "", "words=0.25 ", " law=1.0"),
+        "words added: words " + FAST.format("updates=1500 ", "", "words=0.25 ", ""),
+        "words added: words share=0.5 fake_lr=0.0003 fake_updates=2 t_min=0.001 "
         + LATER.format("batch=64 updates=3000 ", " at T 1/2", "", " law=1.0"),
         "uniform marginal: uniform marginal lr=0.0002 fake_lr=0.001 dropout=0.0 pairing=matched:1 "
         "beta=auto"]
@@ -462,8 +462,8 @@ def merge(args):
 
 
 def groups(args):
-    """For each text and length: title, held-out row, {(variant, drawn, sampler): {steps: row}} at
-    temperature 1, seeds averaged: the teacher, then the best one-pass text first."""
+    """For each text and length: title, held-out row, {(variant, drawn, sampler, schedule): {steps:
+    row}} at temperature 1, seeds averaged: the teacher, then the best one-pass text first."""
     def one_pass(line):
         first = line[1].get(1, {})
         matched = first.get("gen_ppl_matched")
@@ -476,7 +476,8 @@ def groups(args):
         lines, here = {}, [r for r in rows if (r["data"], r["block_size"]) == key]
         for r in here:
             if not r["real"]:
-                lines.setdefault((r["variant"], r["drawn"], r["sampler"]), {})[r["steps"]] = r
+                how = r["sampler"], r.get("schedule", "linear")
+                lines.setdefault((r["variant"], r["drawn"], *how), {})[r["steps"]] = r
         yield "{}, {} tokens".format(*key), next(r for r in here if r["real"]), dict(
             sorted(lines.items(), key=one_pass))
 
@@ -488,8 +489,9 @@ def table(args):
         print(f"\n{title}: held-out text has gen_ppl {real['gen_ppl']:.4g}, entropy "
               f"{real['entropy']:.2f}, copied {real['copied']:.2g}")
         found, steps = [], sorted({n for line in lines.values() for n in line})
-        for (variant, drawn, sampler), line in lines.items():
+        for (variant, drawn, sampler, schedule), line in lines.items():
             how = f" {drawn}" * (drawn != "fresh z") + " greedy" * (sampler == "greedy")
+            how += f" {schedule}" * (schedule != "linear")
             row = next(iter(line.values())) | {"variant": variant + how}
             for n in steps:
                 r = line.get(n, {})
@@ -506,16 +508,20 @@ def plot(args):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     found = [*groups(args)]
-    figure = Figure((5.5 * len(found), 4.2), dpi=180, layout="constrained")
+    figure, colors = Figure((5.5 * len(found), 4.2), dpi=180, layout="constrained"), {}
     for ax, (title, real, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
-        for i, variant in enumerate(dict.fromkeys(["teacher", *args.pick.values()])):
-            line = [*lines.get((variant, "fresh z", "ancestral"), {}).values()]
+        drawn = [key for key in lines if key[1:3] == ("fresh z", "ancestral") and
+                 key[0] in ("teacher", *args.pick.values())]
+        for variant, *how, schedule in drawn:
+            line = [*lines[variant, *how, schedule].values()]
+            variant += ", even steps" * (schedule == "even")
+            color = colors.setdefault(variant, f"C{len(colors)}")
             x, y = [r["passes"] for r in line], [r["gen_ppl_matched"] or r["gen_ppl"] for r in line]
-            ax.plot(x, y, "o-", color=f"C{i}", ms=4, lw=1.3, label=variant if line else None)
+            ax.plot(x, y, "o-", color=color, ms=4, lw=1.3, label=variant)
             for r, *at in zip(line, x, y):
                 if not r["gen_ppl_matched"]:
-                    ax.plot(*at, "o", color=f"C{i}", ms=4, mfc="white")
-                    ax.annotate(f"{r['entropy']:.2f}", at, (5, 3), color=f"C{i}", fontsize=7,
+                    ax.plot(*at, "o", color=color, ms=4, mfc="white")
+                    ax.annotate(f"{r['entropy']:.2f}", at, (5, 3), color=color, fontsize=7,
                                 textcoords="offset points")
         ax.axhline(real["gen_ppl"], color="black", ls="--", lw=1,
                    label=f"held-out text, entropy {real['entropy']:.2f}")
