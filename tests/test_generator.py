@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import enumeration as en
-from generator import Latent, draw_latent, generate_probs, mixture_log_prob, sample, warp
+from generator import (Latent, draw_latent, generate_probs, mixture_log_prob, sample, turns,
+                       warp)
 from idlm_loss import masked_generator_loss, sample_categorical
 from model import DiT, ModelConfig
 from teacher import Masked
@@ -50,9 +51,9 @@ def law_of_sampling(rows, steps, prompt=(-1,) * L, schedule="linear"):
     list of L distributions. `even`: n turns begin at each position equally often."""
     if schedule != "even":
         return walk(lambda i, l: chance_to_reveal(i, steps, schedule), [rows] * steps, prompt)
-    n = max(2, min(steps, L))
-    return mean_of(walk(lambda i, l: ((l + first) % n + 0.5) * steps // n == i, [rows] * steps, prompt)
-                   for first in range(n))
+    turn = {2: (0, 1), 3: (0, 2, 1)}[n := max(2, min(steps, L))]         # the middle one last
+    return mean_of(walk(lambda i, l: (turn[(l + first) % n] + 0.5) * steps // n == i, [rows] * steps,
+                        prompt) for first in range(n))
 
 
 def walk(reveals, rows, prompt=(-1,) * L):
@@ -531,6 +532,17 @@ def test_monte_carlo_over_words_agrees_with_enumeration(rng):
     assert ((without - exact).abs() > 10 * error).any()
 
 
+def test_turns_halve_the_gaps(rng):
+    found = turns(2000, 16, 16, rng)
+    at = found.argsort(1)
+    assert ((at - at[:, :1]) % 16 == torch.tensor(
+        [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15])).all()
+    assert len(at[:, 0].unique()) == 16
+    for n in range(1, 20):                                 # every n-th position, whatever n
+        found = turns(5, 60, n, rng)
+        assert all((found[:, i:i + n].sort(1)[0] == torch.arange(n)).all() for i in range(60 - n))
+
+
 @pytest.mark.parametrize("steps, schedule", [(1, "even"), (2, "even"), (2, "linear")])
 def test_sampling_begins_with_words(steps, schedule, rng):
     """The first of n = steps + 1 turns (of at least latent_words = 3, at most L) costs no pass; its
@@ -542,7 +554,7 @@ def test_sampling_begins_with_words(steps, schedule, rng):
     begin = [[law.tolist()] * L] * (K + 1) ** L
 
     def chance(i, l, first):
-        turn = (l + first) % 3
+        turn = (0, 2, 1)[(l + first) % 3]
         if not i or not turn or schedule == "even":        # turn 0 | 1, 2 or 1 | 2
             return turn == 0 if not i else turn > 0 and (turn - 1) * steps // 2 == i - 1
         return chance_to_reveal(i - 1, steps, schedule)
