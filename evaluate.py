@@ -72,6 +72,7 @@ TABLES = {
     "pairing_steps": "pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
     "schedule": "model judge schedule steps passes gen_ppl_matched gen_ppl entropy known_words",
+    "even": "model schedule steps passes gen_ppl entropy known_words distinct4 repetition",
     "beta": "latent texts beta steps gen_ppl_matched gen_ppl entropy known_words",
     "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
