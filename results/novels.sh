@@ -53,7 +53,7 @@ train() {
 
 # flags of evaluate.py that every evaluation has: NAME CHECKPOINT
 judged() {
-    echo --process "${1%%__*}" --init_from "$2" --out "$OUT_DIR/eval/$1" --judge "$judge" \
+    echo --process "${1%%__*}" --init_from "$2" --out "$OUT_DIR/eval/$1" --judge "$judge" --schedule linear \
         --records "$records/$1.json"
 }
 
