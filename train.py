@@ -74,7 +74,7 @@ PRESETS = {
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
-FULL_NOISE = 0.5                     # with an added latent: share of texts at t_tilde = 1, and
+FULL_NOISE = 0.5                     # with a latent: share of texts at t_tilde = 1, and
 FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t lets small t rule
 STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
                                      # so many passes; proportional and integral gain. See Steering
@@ -310,8 +310,8 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     soft, L = s.process == "duo" and s.uniform_update == "soft", x_0.shape[1]
     eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft)
     if s.process == "mdlm":
-        # With the added latent many texts start from pure [MASK], and what the fake should say of
-        # a text depends on the t_tilde it came from: its sigma input, otherwise unused, tells it.
+        # With a latent many texts start from next to nothing, and what the fake should say of a
+        # text depends on the t_tilde it came from: its sigma input, otherwise unused, tells it.
         told = -process.alpha(t_tilde)[0].log() if s.latent != "state" else process.sigma(t)
         noise = process.draw_mask(t, L, rng), process.weight(t), told
         if which == "fake":
