@@ -176,7 +176,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     walk, when = sample_uniform, None
     if isinstance(process, Masked):
         walk, words = sample_masked, net.config.latent_words
-        n = max(2, min(max(steps + 1, words) if words else steps, length))
+        n = min(max(steps + 1, words) if words else steps, length)
         turn, first = turns(num_texts, length, n, rng), int(words > 0)
         if words:                                          # the first turn, at no pass
             x = torch.where(free, draw_words(net, turn == 0, process.mask_id, rng), x)
