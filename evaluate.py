@@ -328,7 +328,8 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 for schedule in schedules for n in steps]
     for name, sampler, schedule, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
-        z = "words" if net.config.latent_words else "gaussian" if net.config.latent_dim else None
+        words = net.config.latent_words and schedule == "even"         # those that it begins with
+        z = "words" if words else "gaussian" if net.config.latent_dim else None
         half = has_bfloat16(net.device)
         net.freeze(torch.bfloat16 if half else None)
         todo = [*(temperatures or [1.0])]

@@ -9,10 +9,11 @@ given eps, so the mixture carries dependencies that one factorised pass cannot. 
 teacher has to unlearn is to answer with marginals: under the IDLM loss its rows turn into atoms.
 
 One pass of the masked process starts from an all-[MASK] text, which holds no randomness: there the
-mixture has a single component. Two repairs: every n-th word is there already, drawn as often as
-training text has it, which asks no network (random words among [MASK]: Di[M]O, arXiv 2503.15457);
-or z, N(0, 1) at every position, is added to the embeddings of an all-[MASK] text through a random
-projection.
+mixture has a single component. Two repairs. Every n-th word is there already, drawn as often as
+training text has it (random words among [MASK]: Di[M]O, arXiv 2503.15457): that asks no pass, and no
+training, since a text noised to t_tilde = 1 - 1/n looks like it: so far apart words hardly depend
+on each other. Or z, N(0, 1) at every position, is added to the embeddings of an all-[MASK] text
+through a random projection.
 
 A pass draws its tokens independently, so they had better stand far apart: the masked sampler
 reveals every n-th position in a step, not random ones (evenly spread: Halton-MaskGIT, arXiv
@@ -161,7 +162,8 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
     ending    uniform process: 'ancestral', 'greedy' (last step: the likeliest word given also the
               token it stands on), 'greedy-published' (the likeliest word under the network alone)
-    schedule  'even': equal steps, and of the masked process a step reveals every n-th position;
+    schedule  'even': equal steps, and of the masked process a step reveals every n-th position,
+              after a first turn of words by frequency, where the network knows that, at no pass;
               'linear' (as published), 'cosine': random positions; times as in step_times
     callback  called with (step, x_t (B, L)) after every step, for showing
     """
@@ -176,10 +178,12 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     walk, when = sample_uniform, None
     if isinstance(process, Masked):
         walk, words = sample_masked, net.config.latent_words
+        if prompt is not None or schedule != "even":       # a prompt is something to go by
+            words = 0
         n = min(max(steps + 1, words) if words else steps, length)
         turn, first = turns(num_texts, length, n, rng), int(words > 0)
         if words:                                          # the first turn, at no pass
-            x = torch.where(free, draw_words(net, turn == 0, process.mask_id, rng), x)
+            x = draw_words(net, turn == 0, process.mask_id, rng)
             free = x == process.mask_id
         when = 1 - (turn - first + 0.5) / (n - first) if schedule == "even" else \
             torch.rand(free.shape, generator=rng, dtype=torch.float64)

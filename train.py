@@ -52,7 +52,7 @@ PRESETS = {
         teacher=dict(updates=2000, lr=3e-3), judge=dict(updates=450, lr=3e-3, batch_size=32),
         dcd=dict(updates=300, lr=3e-4, batch_size=32),
         idlm=dict(updates=750, lr=2e-4, batch_size=32, ema=0.99, warmup=20),
-        **{"mdlm idlm": dict(latent="words", fake_lr=1e-3),
+        **{"mdlm idlm": dict(latent="state:5", fake_lr=3e-4),
            "duo idlm": dict(updates=1100, fake_lr=3e-4)}),
     # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(
@@ -115,12 +115,13 @@ def parse_args(argv=None):
              "STEPS: t_tilde rounded up to the times that a sampler of so many steps visits.\n"
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
     add("--latent",
-        metavar="{state[:BETA],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
-        help="masked: eps is the noised text. Where all of it would be [MASK], words (default of the\n"
-             "laptop preset): every EVERY-th (4) word is there, by frequency; gaussian: z, DIM numbers\n"
-             "a position, SCALE times the embeddings' size (64, 1). There the fake's bound counts BETA\n"
-             "times, against mode seeking: a number, or auto (default), which holds the entropy of the\n"
-             "texts, also of the others. state: BETA in all texts (1)")
+        metavar="{state[:EVERY[:BETA]],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
+        help="masked: what eps is beside the noised text. state (default): nothing, but few passes begin\n"
+             "with every EVERY-th (8; 0: no) word there, by frequency; words: half of the texts train as\n"
+             "such; gaussian: z where all is [MASK], DIM numbers a position, SCALE times the embeddings'\n"
+             "size (64, 1). The fake's bound counts BETA times, against mode seeking (words, gaussian: in\n"
+             "those texts): a number (state: 1) or auto (default of the others), which holds the entropy\n"
+             "of the texts, also of the others")
     add("--uniform_update", default="hard",
         metavar="{hard[:OWN],marginal[:OWN][:BETA],soft}",
         help="OWN: weighed, G weighs in the token it stands on, or ignored (as published); default:\n"
@@ -176,13 +177,13 @@ COUNT, NUMBER, BETA = r"(?::([1-9]\d*))", r"(?::(\d+\.?\d*))", r"(?::(\d+\.?\d*|
 
 
 def parse_latent(spec):
-    found = re.fullmatch(rf"state{BETA}?|words(?:{COUNT}{BETA}?)?"
+    found = re.fullmatch(rf"(?:state|words)(?::(\d+){BETA}?)?"
                          rf"|gaussian(?:{COUNT}(?:{NUMBER}{BETA}?)?)?", spec)
-    beta_0, every, beta_1, dim, scale, beta_2 = found.groups() if found else [0] * 6
-    if not found or every == "1":
+    every, beta_1, dim, scale, beta_2 = found.groups() if found else [0] * 5
+    if not found or every == "1" or spec[0] == "w" and int(every or 8) == 0:
         raise BadInput(f"--latent {spec}: use state, words, gaussian or, say, words:5:1.1")
-    return dict(latent=spec.split(":")[0], latent_dim=int(dim or 64), beta=beta_0 or beta_1 or beta_2,
-                latent_scale=float(scale or 1), latent_words=int(every or 4))
+    return dict(latent=spec.split(":")[0], latent_dim=int(dim or 64), beta=beta_1 or beta_2,
+                latent_scale=float(scale or 1), latent_words=int(every or 8))
 
 
 def pick_device(name):
@@ -380,7 +381,8 @@ def load_networks(s, data, saved):
             raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
                            f"{s.data} gives: name the data it was trained on")
         nets[name] = net.to(s.weights)
-    if nets[start].config != replace(nets[teacher].config, dropout=nets[start].config.dropout):
+    kept = {k: getattr(nets[start].config, k) for k in ("dropout", "latent_words")}
+    if nets[start].config != replace(nets[teacher].config, **kept):
         raise BadInput(f"{start} has another shape than {teacher}: a generator starts as a network "
                        "of its teacher's shape")
     return nets[teacher], nets[start], {"teacher": teacher, "start": start}
@@ -411,7 +413,7 @@ def run_stage(args, stage, data):
         config = replace(teacher.config, dropout=s.dropout)
         if stage == "idlm" and s.latent == "gaussian":
             config = replace(config, latent_dim=s.latent_dim, latent_scale=s.latent_scale)
-        if stage == "idlm" and s.latent == "words":
+        elif stage == "idlm" and s.process == "mdlm":
             config = replace(config, latent_words=s.latent_words)
     flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
     meta |= {"config": asdict(config), "args": flags}
@@ -426,7 +428,8 @@ def run_stage(args, stage, data):
     torch.manual_seed(s.seed)
     net = DiT(config).to(s.device, s.weights)
     if teacher:                          # what is left is the map of z: random
-        net.load_state_dict(net.state_dict() | begin.state_dict())
+        state = net.state_dict()
+        net.load_state_dict(state | {k: v for k, v in begin.state_dict().items() if k in state})
     if config.latent_dim:                # at the size of the embeddings that it has now
         net.init_latent()
     if config.latent_words:
@@ -464,7 +467,7 @@ def run_stage(args, stage, data):
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
         if s.grid:
             t_tilde = (t_tilde * s.grid).ceil() / s.grid
-        if config.latent_dim or config.latent_words:
+        if stage == "idlm" and s.latent != "state":
             full, low = torch.rand(s.batch_size, generator=rng) < FULL_NOISE, FULL_NOISE_T_MIN
             t_tilde[full], t[full] = 1.0, low + (1 - low) * t[full]
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))

@@ -214,7 +214,7 @@ def variant_of(run):
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
-    skip += ["every"] * (run["latent"] != "words")
+    skip += ["every"] * (run["latent"] == "gaussian")
     skip += ["t_min"] * (run["latent"] == "state" and run["t_min"] == EPS)
     found = {k: run[k] for k, v in BASE.items() if k not in skip and run[k] != v}
     if "beta" in found:
@@ -266,7 +266,7 @@ def train_run(run, out, args, data):
     elif run["latent"] == "words":
         flags["latent"] = f"words:{run['every']}:{run['beta'] or 'auto'}"
     elif run["process"] == "mdlm":
-        flags["latent"] = f"state:{run['beta'] or 'auto'}"
+        flags["latent"] = f"state:{run['every']}:{run['beta'] or 'auto'}"
     if run["uniform_update"] == "marginal":
         flags["uniform_update"] = f"marginal:{run['beta'] or 'auto'}"
     train.PRESETS["gpu"]["save_every"] = 10 ** 9

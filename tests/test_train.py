@@ -23,7 +23,7 @@ import evaluate
 import idlm_loss
 import sample
 import train
-from data import BadInput
+from data import BadInput, TextData
 from teacher import EPS
 from test_checkpoint import synthetic, write
 
@@ -161,7 +161,11 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
         (4, 4, args.stage, is_a, 16)
     assert net.config.causal == (is_a == "ar") and net.config.dropout == 0.1
     assert net.config.latent_dim == (args.latent_dim if args.latent == "gaussian" else 0)
-    assert net.config.latent_words == (6 if args.latent == "words" else 0)
+    begins = args.stage == "idlm" and args.process == "mdlm" and args.latent != "gaussian"
+    assert net.config.latent_words == begins * (6 if args.latent else 8)
+    if begins:                               # as often as in training text
+        x = TextData(meta["data"], "char", 16).train
+        assert torch.allclose(net.frequencies, torch.bincount(torch.tensor(x[:]).long()) / len(x))
     assert all(p.isfinite().all() for p in net.parameters())
     if args.stage in ("dcd", "idlm"):        # it goes some way from where it starts
         assert (meta["teacher"], meta["start"]) == (str(teacher), str(start))
@@ -181,6 +185,20 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys):
     out = capsys.readouterr().out
     assert ("held-out loss" in out) == (args.stage in ("teacher", "judge"))
     assert ("a text in" in out) == (args.stage != "judge")
+
+
+@pytest.mark.parametrize("latent", ["state:0", "state:5", "words", "gaussian"])
+def test_a_generator_goes_on_from_another(latent, teachers):
+    """Whatever words the other begins with; the teacher is none of its business."""
+    run("--stage idlm")
+    run(f"--stage idlm --out out/next --latent {latent} "
+        "--init_from out/mdlm/teacher.pt out/mdlm/idlm.pt")
+    found, start = load("next/idlm"), load("mdlm/idlm")
+    words = {"state:0": 0, "state:5": 5, "words": 8, "gaussian": 0}[latent]
+    assert (start["config"]["latent_words"], found["config"]["latent_words"]) == (8, words)
+    assert ("frequencies" in found["ema"]) == (words > 0)
+    start["ema"].pop("frequencies")
+    assert 0 < distance(start["ema"], found["ema"]) < 0.5
 
 
 def test_a_small_text_ends_without_a_table(capsys):
@@ -396,7 +414,7 @@ def test_duo_curriculum(monkeypatch):
 
 @pytest.mark.parametrize("process, update, loss", [
     ("mdlm", "hard", "masked"), ("mdlm --latent gaussian:64:1:1.1", "hard", "masked"),
-    ("mdlm --latent state:1.2", "hard", "masked"),
+    ("mdlm --latent state:3:1.2", "hard", "masked"),
     ("mdlm --latent words:3:1.3", "hard", "masked"),
     ("duo", "hard", "uniform"), ("duo", "marginal", "uniform"), ("duo", "marginal:1.3", "uniform"),
     ("duo", "soft", "soft")])
@@ -782,9 +800,9 @@ def test_beta_follows_process_and_latent():
     def betas(*flags):
         s = train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm")
         return getattr(s, "betas", s.beta)
-    assert betas("--latent=state") == betas("--process=duo") == betas("--latent=state:1") == (1, 1)
-    assert betas() == "auto" and betas("--preset=gpu") == (1, 1)     # words; state
-    assert betas("--latent=state:1.2") == (1.2, 1.2) and betas("--latent=state:auto") == "auto"
+    assert betas("--latent=state") == betas("--process=duo") == betas("--latent=state:6:1") == (1, 1)
+    assert betas() == betas("--preset=gpu") == (1, 1)
+    assert betas("--latent=state:8:1.2") == (1.2, 1.2) and betas("--latent=state:0:auto") == "auto"
     assert betas("--latent=gaussian:8:2") == betas("--latent=words") == "auto"
     assert betas("--latent=gaussian:8:2:1.1") == betas("--latent=words:5:1.1") == (1.1, 1)
     assert betas("--latent=words:2:1") == (1, 1) and betas("--latent=words:2:auto") == "auto"
@@ -794,7 +812,7 @@ def test_beta_follows_process_and_latent():
 
 
 @pytest.mark.parametrize("flags, steps", [
-    ("--latent words", {0: 1, 1: 8}), ("--latent state:auto", {1: 8}), ("--latent words:5:1.1", {}),
+    ("--latent words", {0: 1, 1: 8}), ("--latent state:8:auto", {1: 8}), ("--latent words:5:1.1", {}),
     ("--process duo --uniform_update marginal:auto --pairing matched:4", {0: 1, 1: 8}),
     ("--process duo --uniform_update marginal:auto --pairing matched:1", {0: 1}),
     ("--process duo --uniform_update marginal:auto --pairing independent", {1: 8})])
@@ -879,6 +897,8 @@ def test_device_of_a_process(monkeypatch):
     ("--latent noise", "--latent noise: use state, words, gaussian or"),
     ("--latent words:0", "--latent words:0: use state"),
     ("--latent words:1", "--latent words:1: use state"),
+    ("--latent state:1", "--latent state:1: use state"),
+    ("--latent state:1.2", "--latent state:1.2: use state"),
     ("--uniform_update gentle", "--uniform_update gentle: use hard, marginal or"),
     ("--pairing none", "--pairing none: use independent or matched"),
     ("--pairing matched:0", "--pairing matched:0: use independent or matched"),
