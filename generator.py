@@ -27,6 +27,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from idlm_loss import (device_rng, flat_rows, own_token, per_row, sample_categorical, to_device,
                        uniforms, upcast, weigh_in)
@@ -178,13 +179,14 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     walk, when = sample_uniform, None
     if isinstance(process, Masked):
         walk, words = sample_masked, net.config.latent_words
-        if prompt is not None or schedule != "even":       # a prompt is something to go by
+        if schedule != "even":
             words = 0
         n = min(max(steps + 1, words) if words else steps, length)
         turn, first = turns(num_texts, length, n, rng), int(words > 0)
         if words:                                          # the first turn, at no pass
-            x = draw_words(net, turn == 0, process.mask_id, rng)
-            free = x == process.mask_id
+            near = F.max_pool1d((~free).float()[:, None], 2 * n - 1, 1, n - 1)[:, 0] > 0
+            x = torch.where(near, x, draw_words(net, turn == 0, process.mask_id, rng))
+            free = x == process.mask_id                    # none within n of a prompt's
         when = 1 - (turn - first + 0.5) / (n - first) if schedule == "even" else \
             torch.rand(free.shape, generator=rng, dtype=torch.float64)
     was_training = net.training

@@ -545,8 +545,8 @@ def test_turns_halve_the_gaps(rng):
 @pytest.mark.parametrize("steps, schedule", [(1, "even"), (2, "even"), (2, "linear")])
 def test_sampling_begins_with_words(steps, schedule, rng):
     """The first of n = steps + 1 turns (of at least latent_words = 3, at most L) costs no pass; its
-    words are independent. Not so where steps reveal random positions, as published, or where there
-    is a prompt to go by. Chi-square as above."""
+    words are independent. Not so where steps reveal random positions, as published. Chi-square as
+    above."""
     net, law = table(rng), torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     rows = net.logits[..., :K].softmax(-1).tolist()
     net.config, net.word_frequencies = SimpleNamespace(latent_dim=0, latent_words=3), law
@@ -564,14 +564,28 @@ def test_sampling_begins_with_words(steps, schedule, rng):
     assert chi_square_p(out.tokens, with_words if even else without) > 1e-5
     assert chi_square_p(out.tokens, without if even else with_words) < 1e-9
     assert out.nfe.max() <= steps and (not even or (out.nfe == steps).all())
-    prompt = torch.tensor([-1, 2, -1])
-    out = sample(net, PROCESS, 100_000, L, steps, rng, prompt=prompt, schedule=schedule)
-    assert (out.tokens[:, 1] == 2).all()
-    net.config.latent_words = 0
-    same = sample(net, PROCESS, 100_000, L, steps, rng, prompt=prompt, schedule=schedule)
-    first, second = (torch.bincount(x.tokens[:, 0] * K + x.tokens[:, 2], minlength=K * K)
-                     for x in (out, same))
-    assert ((first - second).abs() < 5 * (first + second + 1) ** 0.5).all()
+
+
+@pytest.mark.parametrize("steps, words, n", [(1, 4, 4), (2, 4, 4), (5, 4, 6)])
+def test_words_keep_away_from_a_prompt(steps, words, n, rng):
+    """As far as from each other. The network never writes word 0, at first there is no other."""
+    net, length, at = en.Table(torch.zeros(1), K + 1), 30, 11
+    net.config = SimpleNamespace(latent_dim=0, latent_words=words)
+    net.word_frequencies = torch.eye(K)[0]
+    net.hidden = lambda x, sigma: torch.tensor([-1e4, 0, 0, 0]).expand(*x.shape, K + 1)
+    prompt = torch.full((length,), -1)
+    for there in (None, 1):
+        if there:
+            prompt[at] = there
+        tokens = sample(net, PROCESS, 300, length, steps, rng, prompt=prompt).tokens
+        found = tokens == 0
+        place = torch.arange(length)
+        far = (place - at).abs() >= n if there else place >= 0
+        firsts = [int(place[row & (place > at if there else far)][0] % n) for row in found]
+        for row, first in zip(found, firsts):
+            assert torch.equal(row, (place % n == first) & far)
+        assert set(firsts) == set(range(n)) and (tokens < K).all()
+        assert not there or (tokens[:, at] == 1).all()
 
 
 def test_the_sampler_gives_the_latent_to_texts_without_a_word(rng):
