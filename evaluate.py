@@ -68,8 +68,8 @@ TABLES = {
         "copied",
     "onepass.screen": "variant sampler schedule steps gen_ppl_matched gen_ppl entropy known_words "
         "copied",
-    "ship": "model schedule steps passes gen_ppl_matched gen_ppl entropy known_words distinct4 "
-        "repetition",
+    "ship": "model schedule begins steps passes gen_ppl_matched gen_ppl entropy known_words "
+        "distinct4 repetition",
     "updates": "update steps gen_ppl_matched gen_ppl entropy known_words",
     "own_token": "words update own_token steps gen_ppl_matched gen_ppl entropy known_words",
     "pairing_steps": "pairing steps gen_ppl_matched gen_ppl entropy known_words",

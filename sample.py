@@ -44,9 +44,9 @@ def parse_args(argv=None):
     add("--ending", choices=("ancestral", "greedy", "greedy-published"), default="greedy",
         help="last step of the uniform process")
     add("--schedule", choices=SCHEDULES,
-        help="even: equal steps, of the masked process each at every n-th position; linear: at\n"
-             "random positions, as published; cosine: small steps first, also random. Default: what\n"
-             "the model's config.json says, else even")
+        help="even: equal steps, of the masked process each at every n-th position, begun with words\n"
+             "by frequency; linear: at random positions, as published; cosine: small steps first,\n"
+             "also random. Default: what the model's config.json says, else even")
     add("--seed", type=int, default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     add("--watch", action="store_true", help="show every step")

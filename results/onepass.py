@@ -99,6 +99,9 @@ FAST = f"share=0.5 lr=0.0002 fake_lr=0.001 t_min=0.001 {LATER}"
 PICK = ["latent-free: latent-free lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0 updates=5000",
         f"latent-free: latent-free {SET} updates=3500",
         f"latent-free: latent-free {SET} batch=64 updates=2000",
+        "latent-free: latent-free lr=0.0002 fake_lr=0.001 dropout=0.0 beta=auto",
+        "words: words " + FAST.format("", "", "every=8 ", ""),
+        "words: words " + FAST.format("updates=1500 ", "", "every=8 ", ""),
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
         f"gaussian: gaussian {SET} updates=3500 {BLANK}",
         f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
