@@ -62,7 +62,7 @@ TABLES = {
     "novels_grid.row_entropy": "process model start update t_tilde row_entropy",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
-    "laptop_words": "latent schedule steps gen_ppl_matched gen_ppl entropy known_words",
+    "laptop_words": "latent begins schedule steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant schedule steps gen_ppl_matched gen_ppl entropy known_words "
         "copied",
@@ -328,8 +328,8 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 for schedule in schedules for n in steps]
     for name, sampler, schedule, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
-        words = net.config.latent_words and schedule == "even"         # those that it begins with
-        z = "words" if words else "gaussian" if net.config.latent_dim else None
+        how = {"begins": "words"} if net.config.latent_words and schedule == "even" else \
+            {"latent": "gaussian"} if net.config.latent_dim else {}
         half = has_bfloat16(net.device)
         net.freeze(torch.bfloat16 if half else None)
         todo = [*(temperatures or [1.0])]
@@ -343,7 +343,7 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 tokens.numpy(), seconds=time.time() - began, model=name, sampler=sampler, steps=n,
                 schedule=schedule, process="mdlm" if isinstance(process, Masked) else "duo",
                 real=False, passes=nfe.double().mean().item(), temperature=temperature,
-                dtype="bfloat16" if half else "float32", **({"latent": z} if z else {})))
+                dtype="bfloat16" if half else "float32", **how))
             if judge and not temperatures:
                 todo += next_temperature(todo, [r["entropy"] for r, _ in curve], target)
         if judge and len(curve) > 1:

@@ -331,6 +331,20 @@ def test_records_of_a_sweep(data, monkeypatch):
     json.dumps(records, allow_nan=False)
 
 
+def test_records_tell_how_texts_begin(data):
+    """The same network with and without frequencies; at random positions neither has words first."""
+    nets = {}
+    for name, words in (("words", 4), ("blank", 0)):
+        torch.manual_seed(0)
+        nets[name] = DiT(ModelConfig(data.K + 1, num_layers=1, num_heads=2, width=16, cond_dim=8,
+                                     latent_words=words)).eval(), Masked(data.K + 1), ["ancestral"]
+    records = evaluate.evaluate_models(nets, data, None, steps=[1], num_texts=8, temperatures=[1.0],
+                                       metrics=["entropy"], schedules=["even", "linear"])
+    assert [(r["model"], r["schedule"], r.get("begins")) for r in records[1:]] == [
+        ("words", "even", "words"), ("words", "linear", None),
+        ("blank", "even", None), ("blank", "linear", None)]
+
+
 def test_gradient_moment_sees_what_is_real(data, monkeypatch):
     """Real text against other real text: around 0; characters drawn evenly: well above."""
     net = tiny(data.K, causal=True)
