@@ -41,7 +41,7 @@ from teacher import Masked
 from train import has_bfloat16, pick_device
 
 METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngram_bits".split()
-STEPS = {"mdlm": [4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
+STEPS = {"mdlm": [1, 4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
 MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
 # Columns of the table on the terminal, and of the README's from results/NAME.json: those records
 # that have none of these keys, or for NAME.KEY those that have KEY alone of them
@@ -518,8 +518,8 @@ def parse_args(argv):
     add("--seed", type=int, default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
     args = p.parse_args(argv)
-    args.out, args.steps = args.out or Path("out", args.process), args.steps or STEPS[args.process]
-    if min(args.steps) < 1 or min(args.temperatures or [1]) <= 0:
+    args.out = args.out or Path("out", args.process)
+    if min(args.steps or [1]) < 1 or min(args.temperatures or [1]) <= 0:
         raise BadInput(f"--steps {args.steps} --temperatures {args.temperatures}: use positives")
     if args.mauve and not find_spec("mauve"):
         raise BadInput("--mauve needs a package: pip install mauve-text")
@@ -558,6 +558,9 @@ def main(argv=None):
     endings = args.ending if args.process == "duo" else ["ancestral"]
     nets = {n: (net, checkpoint.make_process(m), endings) for n, (net, m) in loaded.items()}
     judge = find_judge(args.judge, data, device, args.out, meta)
+    # even steps of the masked process are no more than there are positions
+    most = math.inf if args.process == "duo" else meta["block_size"]
+    args.steps = args.steps or [n for n in STEPS[args.process] if n <= most]
     records = evaluate_models(
         nets, data, judge, steps=args.steps, temperatures=args.temperatures, seed=args.seed,
         num_texts=args.num_texts or (64 if device.type == "cpu" else 512), metrics=args.metrics,

@@ -413,7 +413,8 @@ def test_from_checkpoints_to_table_and_figures(run_folder, capsys):
 def test_short_table(run_folder, capsys):
     evaluate.short_table(Path("out/mdlm"), "mdlm", torch.device("cpu"), 5)
     lines = capsys.readouterr().out.splitlines()
-    assert "real text" in lines[2] and len([line for line in lines if " idlm " in line]) == 5
+    steps = [int(line.split("|")[4]) for line in lines if " idlm " in line]
+    assert "real text" in lines[2] and steps == [1, 4, 8, 16]    # of 32 positions
     assert {r["seed"] for r in json.loads(Path("out/mdlm/eval.json").read_text())["records"]} == {5}
 
 
