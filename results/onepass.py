@@ -200,7 +200,8 @@ def patch(run, start=None):
 
     generator.added_latent = own_and_texts
     if run["latent"] != "state" and run["told"] != "sigma":
-        say = {"none": torch.zeros_like, "t": lambda sigma: (1 - (-sigma).exp()) / (1 - EPS)}
+        say = {"none": torch.zeros_like, "t": lambda sigma: (1 - (-sigma).exp()) / (1 - EPS),
+               "blank": lambda sigma: torch.where(sigma > 6.9, sigma, 0)}        # t_tilde = 1 alone
         fake, loss = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
         tell = say[run["told"]]
         idlm_loss.masked_fake_loss = lambda *a: fake(*a[:5], tell(a[5]), *a[6:])
