@@ -178,9 +178,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
         x = torch.where(free, x, prompt)
     walk, when = sample_uniform, None
     if isinstance(process, Masked):
-        walk, words = sample_masked, net.config.latent_words
-        if schedule != "even":
-            words = 0
+        walk, words = sample_masked, net.config.latent_words if schedule == "even" else 0
         n = min(max(steps + 1, words) if words else steps, length)
         turn, first = turns(num_texts, length, n, rng), int(words > 0)
         if words:                                          # the first turn, at no pass

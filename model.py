@@ -10,7 +10,7 @@ load without a table of renamings. There is no diffusion in this file.
             (B, L, k): a simplex row of which only k entries are not 0
     sigma   (B,) noise level -log alpha_t, 0 where time conditioning is off
     z       None, or a random latent added to the embedding (generator.py): (B, L, latent_dim)
-            numbers, or (B, L) words, -1 for none
+            numbers
 
 `hidden` and `project` are apart on purpose: the vocabulary projection of GPT-2's 50,257 tokens
 costs more than a third of the trunk, and most callers need it at a few positions only.
