@@ -51,8 +51,8 @@ def turns(B, L, n, rng):                                   # -> (B, L) in 0 ... 
 
 
 def draw_words(net, here, mask_id, rng):                   # (B, L) bool -> (B, L), elsewhere [MASK]
-    """Words as frequent as in training text: what a step of the sampler draws where there is
-    nothing to go by, at no pass."""
+    """Words about as frequent as in training text (train.fit_words): what a step of the sampler
+    draws where there is nothing to go by, at no pass."""
     words = torch.multinomial(net.word_frequencies, here.numel(), True, generator=rng)
     return torch.where(here, words.view(here.shape), mask_id)
 
@@ -141,6 +141,8 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
 
 
 SCHEDULES = "even", "linear", "cosine"
+COLD = 0.7                   # temperature of texts that begin with words, which vary enough for both:
+                             # at one entropy better than at 1; at 0.3 texts repeat each other
 
 
 def step_times(steps, schedule):                           # -> [1, ..., 0], steps + 1 times
@@ -154,13 +156,14 @@ def step_times(steps, schedule):                           # -> [1, ..., 0], ste
 
 
 @torch.no_grad()
-def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_p=1.0, prompt=None,
+def sample(net, process, num_texts, length, steps, rng, *, temperature=None, top_p=1.0, prompt=None,
            ending="ancestral", schedule="even", callback=None):
     """Write num_texts texts of `length` tokens in at most `steps` network passes.
 
     net       a DiT: the teacher, or the generator in its place
     rng       a CPU torch.Generator: equal seeds give equal texts
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
+    temperature   of the network's draws; default COLD for texts that begin with words, else 1
     ending    uniform process: 'ancestral', 'greedy' (last step: the likeliest word given also the
               token it stands on), 'greedy-published' (the likeliest word under the network alone)
     schedule  'even': equal steps, and of the masked process a step reveals every n-th position,
@@ -176,7 +179,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
         prompt = prompt.expand(num_texts, length)
         free = prompt < 0
         x = torch.where(free, x, prompt)
-    walk, when = sample_uniform, None
+    walk, when, words = sample_uniform, None, 0
     if isinstance(process, Masked):
         walk, words = sample_masked, net.config.latent_words if schedule == "even" else 0
         n = min(max(steps + 1, words) if words else steps, length)
@@ -188,6 +191,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
         when = 1 - (turn - first + 0.5) / (n - first) if schedule == "even" else \
             torch.rand(free.shape, generator=rng, dtype=torch.float64)
     was_training = net.training
+    temperature = temperature or (COLD if words else 1.0)
     how = to_device(torch.tensor(temperature), net.device), top_p   # a tensor: compiled only once
     x, nfe = walk(net.eval(), process, x, free, step_times(steps, schedule), rng, how,
                   when=when, ending=ending, callback=callback)

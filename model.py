@@ -223,6 +223,10 @@ class DiT(nn.Module):
             self.on_cpu = self.frequencies.cpu()
         return self.on_cpu
 
+    def set_frequencies(self, counts):       # (K,)
+        self.frequencies.copy_(counts / counts.sum())
+        self.on_cpu = None
+
     def hidden(self, x, sigma, z=None):
         """Everything but the vocabulary projection.
 

@@ -38,7 +38,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import checkpoint
 import idlm_loss
 from data import BadInput, TextData
-from generator import draw_latent, sample
+from generator import COLD, draw_latent, sample
 from model import DiT, ModelConfig
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
@@ -74,12 +74,13 @@ PRESETS = {
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
-FULL_NOISE = 0.5                     # with a latent: share of texts at t_tilde = 1, and
+FULL_NOISE = 0.25                    # with a latent: share of texts at t_tilde = 1, and
 FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t lets small t rule
 STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
-WORDS_FROM = 2 ** 26                 # frequencies of words: counted in so many tokens
+EVERY = {"char": 8, "gpt2": 4}       # --latent state, words: characters are as far apart as two words
+WORDS_FROM, FIT_TOKENS = 2 ** 26, 2 ** 16    # frequencies of words: counted, fitted in so many
 CLIP = 1.0                           # gradient norm
 
 
@@ -117,8 +118,8 @@ def parse_args(argv=None):
     add("--latent",
         metavar="{state[:EVERY[:BETA]],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: what eps is beside the noised text. state (default): nothing, but few passes begin\n"
-             "with every EVERY-th (8; 0: no) word there, by frequency; words: half of the texts train as\n"
-             "such; gaussian: z where all is [MASK], DIM numbers a position, SCALE times the embeddings'\n"
+             "with every EVERY-th (8, of GPT-2's words 4; 0: no) word there, by frequency; words: a quarter\n"
+             "of the texts train as such; gaussian: z where all is [MASK], DIM numbers a position, SCALE times the embeddings'\n"
              "size (64, 1). The fake's bound counts BETA times, against mode seeking (words, gaussian: in\n"
              "those texts): a number (state: 1) or auto (default of the others), which holds the entropy\n"
              "of the texts, also of the others")
@@ -180,10 +181,10 @@ def parse_latent(spec):
     found = re.fullmatch(rf"(?:state|words)(?::(\d+){BETA}?)?"
                          rf"|gaussian(?:{COUNT}(?:{NUMBER}{BETA}?)?)?", spec)
     every, beta_1, dim, scale, beta_2 = found.groups() if found else [0] * 5
-    if not found or every == "1" or spec[0] == "w" and int(every or 8) == 0:
+    if not found or every == "1" or spec[0] == "w" and every and not int(every):
         raise BadInput(f"--latent {spec}: use state, words, gaussian or, say, words:5:1.1")
     return dict(latent=spec.split(":")[0], latent_dim=int(dim or 64), beta=beta_1 or beta_2,
-                latent_scale=float(scale or 1), latent_words=int(every or 8))
+                latent_scale=float(scale or 1), latent_words=int(every) if every else None)
 
 
 def pick_device(name):
@@ -220,6 +221,8 @@ def settings_of(args, stage):
         raise BadInput(f"--size {s.size}: give layers x heads x width, as in 12x12x768, with an "
                        "even width for each head")
     s.layers, s.heads, s.width = map(int, sizes.groups())
+    if s.latent_words is None:
+        s.latent_words = EVERY[s.tokenizer]
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
     s.beta = s.beta or ("1" if s.latent == "state" else "auto")
     if s.beta != "auto":                 # in texts that are noise alone; in others
@@ -311,13 +314,14 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     soft, L = s.process == "duo" and s.uniform_update == "soft", x_0.shape[1]
     eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft)
     if s.process == "mdlm":
-        # With a latent many texts start from next to nothing, and what the fake should say of a
-        # text depends on the t_tilde it came from: its sigma input, otherwise unused, tells it.
-        told = -process.alpha(t_tilde)[0].log() if s.latent != "state" else process.sigma(t)
+        # With a latent many texts start from next to nothing and look like nothing else: the fake's
+        # sigma input, otherwise unused (0), tells it which. All of t_tilde cost in 8 and 16 passes.
+        blank = (t_tilde == 1) & (s.latent != "state")
+        told = torch.where(blank, -process.alpha(t_tilde)[0].log(), process.sigma(t))
         noise = process.draw_mask(t, L, rng), process.weight(t), told
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)
-        beta = torch.where((t_tilde == 1) & (s.latent != "state"), *s.betas)
+        beta = torch.where(blank, *s.betas)
         return idlm_loss.masked_generator_loss(net, fake, teacher, eps, *noise, process.sigma(t),
                                                process.mask_id, rng, beta=beta)
     if soft:
@@ -356,13 +360,33 @@ class Steering(torch.nn.Module):
         next_graph = torch.compiler.cudagraph_mark_step_begin
         next_graph()
         with s.autocast:
-            y = sample(net, process, *x_0.shape, passes, rng,
+            y = sample(net, process, *x_0.shape, passes, rng, temperature=1.0,
                        callback=lambda *_: next_graph()).tokens
         here, wanted = (np.mean([entropy(text) for text in x.numpy()]) for x in (y, x_0))
         lack = wanted - here + STEER_ABOVE
         total = (self.integral[which] + integral * lack).clamp(-0.1, 1)    # no further than beta
         self.integral[which] = total
         self.beta[which] = (1 + total + proportional * lack).clamp(0.9, 2)
+
+
+@torch.no_grad()
+def fit_words(net, process, x_0, rng, rounds=8):
+    """Words that texts begin with: by frequency to the power at which texts of one pass, at
+    temperature COLD, have the unigram entropy of the training texts x_0 (B, L).
+
+    At one entropy, varied words and a cold network beat words as they are and a warm one: what the
+    network draws, it draws independently. The power is halved in on between 1/2 and 2.
+    """
+    from evaluate import entropy
+    law, low, high = net.frequencies.clone(), 0.5, 2.0
+    wanted, state = np.mean([entropy(text) for text in x_0.numpy()]), rng.get_state()
+    for _ in range(rounds):
+        power = (low + high) / 2
+        net.set_frequencies(law ** power)
+        y = sample(net, process, *x_0.shape, 1, rng.set_state(state), temperature=COLD).tokens
+        varied = np.mean([entropy(text) for text in y.numpy()]) > wanted
+        low, high = (power, high) if varied else (low, power)
+    return power
 
 
 def load_networks(s, data, saved):
@@ -434,7 +458,7 @@ def run_stage(args, stage, data):
         net.init_latent()
     if config.latent_words:
         count = np.bincount(data.train[:WORDS_FROM], minlength=data.K)
-        net.frequencies.copy_(torch.tensor(count / count.sum()))
+        net.set_frequencies(torch.tensor(count))
     main, fake, steering = Trainee(net, s.lr, s), None, None
     kept = {"ema": main.ema, "main": net, "main_optimizer": main.optimizer}    # for --resume
     if stage == "idlm":
@@ -508,6 +532,12 @@ def run_stage(args, stage, data):
             report(s, step, rows, time.time() - clock)
             rows, clock = [], time.time()
         if due and s.rank == 0:
+            if step == s.updates and config.latent_words:
+                rng = torch.Generator().manual_seed(key_of(s, step, 15))
+                x_0 = data.batch("train", max(1, min(512, FIT_TOKENS // s.block_size)), rng)
+                with s.autocast:
+                    power = fit_words(main.ema, process, x_0, rng)
+                print(f"  texts begin with words by frequency to the power {power:.2f}", flush=True)
             parts = kept if step < s.updates else {"ema": main.ema}    # finished: no optimiser
             checkpoint.save(path, meta | checkpoint.provenance(s.seed, s.device) | {"step": step} |
                             {name: part.state_dict() for name, part in parts.items()})

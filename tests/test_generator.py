@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import enumeration as en
-from generator import (Latent, draw_latent, generate_probs, mixture_log_prob, sample, turns,
+from generator import (COLD, Latent, draw_latent, generate_probs, mixture_log_prob, sample, turns,
                        warp)
 from idlm_loss import masked_generator_loss, sample_categorical
 from model import DiT, ModelConfig
@@ -550,7 +550,7 @@ def test_sampling_begins_with_words(steps, schedule, rng):
     net, law = table(rng), torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
     rows = net.logits[..., :K].softmax(-1).tolist()
     net.config, net.word_frequencies = SimpleNamespace(latent_dim=0, latent_words=3), law
-    out = sample(net, PROCESS, 200_000, L, steps, rng, schedule=schedule)
+    out = sample(net, PROCESS, 200_000, L, steps, rng, schedule=schedule, temperature=1.0)
     begin = [[law.tolist()] * L] * (K + 1) ** L
 
     def chance(i, l, first):
@@ -564,6 +564,20 @@ def test_sampling_begins_with_words(steps, schedule, rng):
     assert chi_square_p(out.tokens, with_words if even else without) > 1e-5
     assert chi_square_p(out.tokens, without if even else with_words) < 1e-9
     assert out.nfe.max() <= steps and (not even or (out.nfe == steps).all())
+
+
+@pytest.mark.parametrize("words, schedule, temperature", [
+    (3, "even", COLD), (3, "linear", 1.0), (0, "even", 1.0)])
+def test_the_network_is_cold_where_texts_begin_with_words(words, schedule, temperature):
+    net = table(torch.Generator().manual_seed(1))
+    net.config = SimpleNamespace(latent_dim=0, latent_words=words)
+    net.word_frequencies = torch.ones(K)
+    plain, told = (sample(net, PROCESS, 1000, L, 2, torch.Generator().manual_seed(2),
+                          schedule=schedule, **how).tokens for how in ({}, {
+                              "temperature": temperature}))
+    other = sample(net, PROCESS, 1000, L, 2, torch.Generator().manual_seed(2), schedule=schedule,
+                   temperature=1.7 - temperature).tokens
+    assert torch.equal(plain, told) and not torch.equal(plain, other)
 
 
 @pytest.mark.parametrize("steps, words, n", [(1, 4, 4), (2, 4, 4), (5, 4, 6)])

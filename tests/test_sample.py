@@ -119,7 +119,7 @@ def test_settings_reach_the_sampler(capsys, monkeypatch):
           "0.5", "--steps", "2", "--num_samples", "2", "--length", "8", "--schedule", "cosine")
     write(capsys)
     assert seen == [(2, 8, 2, 0.7, 0.5, "ancestral", "cosine"),
-                    (1, L, 16, 1.0, 1.0, "greedy", "even")]
+                    (1, L, 16, None, 1.0, "greedy", "even")]
 
 
 def test_a_model_may_say_its_schedule(capsys, monkeypatch):
