@@ -63,6 +63,7 @@ TABLES = {
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_words": "latent begins schedule steps gen_ppl_matched gen_ppl entropy known_words",
+    "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant schedule steps gen_ppl_matched gen_ppl entropy known_words "
         "copied",
@@ -80,7 +81,8 @@ TABLES = {
     "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
     "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
 # Numbers that are no results, so that runs which differ in one are told apart
-SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde", "beta"}
+SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde", "beta",
+            "power"}
 PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
 
 

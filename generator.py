@@ -9,8 +9,8 @@ given eps, so the mixture carries dependencies that one factorised pass cannot. 
 teacher has to unlearn is to answer with marginals: under the IDLM loss its rows turn into atoms.
 
 One pass of the masked process starts from an all-[MASK] text, which holds no randomness: there the
-mixture has a single component. Two repairs. Every n-th word is there already, drawn as often as
-training text has it (random words among [MASK]: Di[M]O, arXiv 2503.15457): that asks no pass, and no
+mixture has a single component. Two repairs. Every n-th word is there already, drawn about as often
+as training text has it (random words among [MASK]: Di[M]O, arXiv 2503.15457): that asks no pass, and no
 training, since a text noised to t_tilde = 1 - 1/n looks like it: so far apart words hardly depend
 on each other. Or z, N(0, 1) at every position, is added to the embeddings of an all-[MASK] text
 through a random projection.

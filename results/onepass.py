@@ -63,7 +63,8 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
-            full_t_min=0.0)
+            full_t_min=0.0, law="as it is")
+NOW = {"told": "blank", "law": "fitted"}     # the program since; BASE has what the first runs had
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -74,7 +75,7 @@ TASKS = {                                # most important first; a run without "
               {"latent": "words"}, {"lr": 2e-4, "fake_lr": 4e-4}],
     "axes": [{"beside": "fixed"}, {"scale": 0.35}, {"lr": 5e-5}, {"where": "adaLN"},
              {"lr": 3e-4, "fake_lr": 6e-4}, {"fake_lr": 4e-4}, {"fake_updates": 4}, {"scale": 8.0},
-             {"start": "latent-free"}, {"dim": 16}, {"dim": 256}, {"where": "text"}, {"told": "t"},
+             {"start": "latent-free"}, {"dim": 16}, {"dim": 256}, {"where": "text"},
              {"clip": 100.0}, {"share": 1.0, "told": "none"}, {"dtype": "float32"},
              {"updates": 3600}, {"seed": 2}, FREE | {"seed": 2}, FREE | {"pairing": "independent"},
              {"beside": "fresh", "seed": 2}, {"fake_updates": 2, "seed": 2},
@@ -94,23 +95,23 @@ STEPS, DUO_STEPS = (1, 2, 4, 8, 16), (1, 4, 8, 16, 32, 64)               # DUO: 
 TEACHER_STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passes, in README
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
-LATER = "dropout=0.0 {}beta=auto{} beta_at=full {}full_t_min=0.3{}"
-FAST = f"share=0.5 lr=0.0002 fake_lr=0.001 t_min=0.001 {LATER}"
-PICK = ["latent-free: latent-free lr=0.0002 fake_lr=0.001 t_min=0.3 dropout=0.0 updates=5000",
-        f"latent-free: latent-free {SET} updates=3500",
-        f"latent-free: latent-free {SET} batch=64 updates=2000",
-        "latent-free: latent-free lr=0.0002 fake_lr=0.001 dropout=0.0 beta=auto",
-        "words: words " + FAST.format("", "", "every=8 ", ""),
-        "words: words " + FAST.format("updates=1500 ", "", "every=8 ", ""),
+FAST, AUTO = "lr=0.0002 fake_lr=0.001", "beta=auto beta_at=full {}full_t_min=0.3"
+NOVELS = "fake_lr=0.0003 fake_updates=2 {}dropout=0.0 batch=64 updates=1500"
+PICK = [f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 updates=5000",
+        f"latent-free, from [MASK]: latent-free {SET} updates=3500",
+        f"latent-free, from [MASK]: latent-free {SET} batch=64 updates=2000",
+        f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 beta=auto",
+        f"words, not trained for: latent-free {FAST} dropout=0.0 every=8",
+        f"words, not trained for: latent-free {FAST} dropout=0.0 updates=1500 every=8",
+        "words, not trained for: latent-free " + NOVELS.format(""),
+        f"words: words told=blank {FAST} t_min=0.001 dropout=0.0 " + AUTO.format("every=8 "),
+        f"words: words told=blank {FAST} t_min=0.001 dropout=0.0 updates=1500 "
+        + AUTO.format("every=8 "),
+        "words: words told=blank " + NOVELS.format("t_min=0.001 ") + " " + AUTO.format(""),
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
         f"gaussian: gaussian {SET} updates=3500 {BLANK}",
         f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
-        "words added: words " + FAST.format("updates=4000 ", "", "words=0.25 ", " law=1.0"),
-        "words added: words " + FAST.format("updates=1500 ", "", "words=0.25 ", ""),
-        "words added: words share=0.5 fake_lr=0.0003 fake_updates=2 t_min=0.001 "
-        + LATER.format("batch=64 updates=3000 ", " at T 1/2", "", " law=1.0"),
-        "uniform marginal: uniform marginal lr=0.0002 fake_lr=0.001 dropout=0.0 pairing=matched:1 "
-        "beta=auto"]
+        f"uniform marginal: uniform marginal {FAST} dropout=0.0 pairing=matched:1 beta=auto"]
 COPY = {"char": 20, "gpt2": 5}
 METRICS = {"char": "gen_ppl bits_per_char entropy known_words distinct4 gm".split(),
            "gpt2": "gen_ppl entropy distinct4 gm".split()}
@@ -199,13 +200,12 @@ def patch(run, start=None):
         return torch.cat([z, texts * (z != 0).any(-1, keepdim=True)], -1)
 
     generator.added_latent = own_and_texts
-    if run["latent"] != "state" and run["told"] != "sigma":
-        say = {"none": torch.zeros_like, "t": lambda sigma: (1 - (-sigma).exp()) / (1 - EPS),
-               "blank": lambda sigma: torch.where(sigma > 6.9, sigma, 0)}        # t_tilde = 1 alone
+    if run["law"] != "fitted":
+        train.fit_words = lambda *args: 1.0
+    if run["latent"] != "state" and run["told"] == "none":
         fake, loss = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
-        tell = say[run["told"]]
-        idlm_loss.masked_fake_loss = lambda *a: fake(*a[:5], tell(a[5]), *a[6:])
-        idlm_loss.masked_generator_loss = lambda *a, **how: loss(*a[:6], tell(a[6]), *a[7:], **how)
+        idlm_loss.masked_fake_loss = lambda *a: fake(*a[:5], 0 * a[5], *a[6:])
+        idlm_loss.masked_generator_loss = lambda *a, **how: loss(*a[:6], 0 * a[6], *a[7:], **how)
 
 
 # ---- one run ------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def variant_of(run):
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
-    skip += ["every"] * (run["latent"] == "gaussian")
+    skip += ["every", "law"] * (run["latent"] == "gaussian" or run["process"] == "duo")
     skip += ["t_min"] * (run["latent"] == "state" and run["t_min"] == EPS)
     found = {k: run[k] for k, v in BASE.items() if k not in skip and run[k] != v}
     if "beta" in found:
@@ -346,11 +346,14 @@ def work(run, sizes, args, data, gpu):
 
 def runs_of(sizes, args):
     """The runs of the tasks that have no records yet, in order."""
-    base, chosen = {"seed": 1} | BASE, {}
+    base, chosen = {"seed": 1} | BASE | NOW, {}
     for key, _, value in (pair.partition("=") for pair in args.set):
         if key not in base:
             raise BadInput(f"--set {key}: no such setting, choose from {' '.join(base)}")
         base[key] = type(base[key])(value)
+    if base["told"] not in ("none", "blank"):
+        raise BadInput(f"--set told={base['told']}: the fake is told blank or none; commit 689c284 "
+                       "has the rest")
     for length in args.length:
         for change in (change for task in args.tasks for change in TASKS[task]):
             run = base | {"data": args.name, "length": length} | change
