@@ -63,7 +63,7 @@ TABLES = {
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_words": "latent begins schedule steps gen_ppl_matched gen_ppl entropy known_words",
-    "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4",
+    "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4 gm",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant schedule steps gen_ppl_matched gen_ppl entropy known_words "
         "copied",
