@@ -36,7 +36,7 @@ from tqdm import tqdm
 import checkpoint
 import idlm_loss
 from data import BadInput, TextData
-from generator import SCHEDULES, sample
+from generator import COLD, SCHEDULES, sample
 from teacher import Masked
 from train import has_bfloat16, pick_device
 
@@ -277,8 +277,9 @@ def find_judge(name, data, device, out, meta):
 def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
                     metrics=METRICS, mauve=False, judge_name=None, schedules=("even",)):
     """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
-    temperatures: by default 1, then 0.2 hotter or 0.1 colder until the curve of each setting has
-    the entropy of held-out text well inside, at most 6. schedules: see generator.step_times."""
+    temperatures: by default the one that sampling has (1, or COLD), then 0.2 hotter or 0.1 colder
+    until the curve of each setting has the entropy of held-out text well inside, at most 6; []:
+    that one alone. schedules: see generator.step_times."""
     if unknown := set(metrics) - set(METRICS):
         raise BadInput(f"--metrics {' '.join(unknown)}: unknown, choose from {' '.join(METRICS)}")
     L, n_real = data.block_size, min(num_texts, len(data.val) // data.block_size // 2)
@@ -332,9 +333,9 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
         (net, process, _), curve = nets[name], []
         how = {"begins": "words"} if net.config.latent_words and schedule == "even" else \
             {"latent": "gaussian"} if net.config.latent_dim else {}
-        half = has_bfloat16(net.device)
+        half, own = has_bfloat16(net.device), COLD if "begins" in how else 1.0
         net.freeze(torch.bfloat16 if half else None)
-        todo = [*(temperatures or [1.0])]
+        todo = [*(temperatures or [own])]
         for temperature in todo:                           # which may grow on the way
             bar.set_description(f"{name} {sampler} {n} {schedule} steps at {temperature}")
             rng, began = torch.Generator().manual_seed(seed), time.time()
@@ -345,8 +346,8 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 tokens.numpy(), seconds=time.time() - began, model=name, sampler=sampler, steps=n,
                 schedule=schedule, process="mdlm" if isinstance(process, Masked) else "duo",
                 real=False, passes=nfe.double().mean().item(), temperature=temperature,
-                dtype="bfloat16" if half else "float32", **how))
-            if judge and not temperatures:
+                own_temperature=temperature == own, dtype="bfloat16" if half else "float32", **how))
+            if judge and temperatures is None:
                 todo += next_temperature(todo, [r["entropy"] for r, _ in curve], target)
         if judge and len(curve) > 1:
             entropies, ppls = (np.stack([x[k] for _, x in curve]).T for k in ("entropy", "gen_ppl"))
@@ -406,6 +407,10 @@ def cell(record, key):
     return text
 
 
+def at_own_temperature(record):                            # of sampling; of real text: none
+    return record.get("own_temperature", record.get("temperature") in (None, 1))
+
+
 def records_table(records, columns=TABLES[""]):
     """Aligned markdown, for the terminal too; without the columns that no record has."""
     columns = [c for c in columns.split() if any(c in r for r in records)]
@@ -423,7 +428,7 @@ def rewrite_tables(readme="README.md", results="results"):
         records = load_records(Path(results, file + ".json"))
         rows = average([r for r in records if VIEWS & r.keys() == {key} - {""}])
         if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
-            rows = [r for r in rows if r.get("temperature") in (None, 1)]
+            rows = [r for r in rows if at_own_temperature(r)]
         runs = {r["runs"] for r in rows if not r.get("real")} or {1}
         many = " or ".join(str(n) for n in sorted(runs) if n > 1)
         what = f"mean ± standard deviation of {many} runs, " * bool(many) + \
@@ -437,7 +442,7 @@ def rewrite_tables(readme="README.md", results="results"):
 
 def plot(records, folder="assets"):
     """quality_vs_passes.png: gen_ppl against passes, the matched one where there was a sweep, else
-    that of temperature 1 with its entropies. frontier.png: gen_ppl against entropy."""
+    that of sampling's own temperature with its entropies. frontier.png: gen_ppl against entropy."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     rows = [r for r in average(records) if r.get("gen_ppl") and not VIEWS & r.keys()]
@@ -450,7 +455,7 @@ def plot(records, folder="assets"):
         figure, lines, colors = Figure((6.5, 4.2), dpi=180, layout="constrained"), {}, {}
         ax = figure.subplots()
         for r in rows:
-            if r not in real and r.get(y) and (x == "entropy" or r["temperature"] == 1):
+            if r not in real and r.get(y) and (x == "entropy" or at_own_temperature(r)):
                 how = " ".join(str(r[k]) for k in ("latent", "start", "update") if r.get(k))
                 line = f"{r['process']} {r['model']} {how}, {r['sampler']}".replace(" ,", ",")
                 line += f", {r.get('schedule', 'linear')} steps" * mixed
@@ -489,10 +494,10 @@ def plot(records, folder="assets"):
 # ---- command line -------------------------------------------------------------------------------
 
 def short_table(out, process, device, seed):
-    """What training ends with: temperature 1, and no judge that needs training."""
+    """What training ends with: each model's own temperature, no judge that needs training."""
     spec = checkpoint.load(Path(out, "teacher.pt"))["tokenizer"]
     main(["--out", str(out), "--process", process, "--device", str(device), "--seed", str(seed),
-          "--temperatures", "1", "--ending", "greedy", "--metrics", "bits_per_char", "known_words",
+          "--temperatures", "--ending", "greedy", "--metrics", "bits_per_char", "known_words",
           "--judge", "ngram" if spec["name"] == "char" else "none"])
 
 
@@ -506,8 +511,9 @@ def parse_args(argv):
     add("--data", default="", help="default: what the model was trained on")
     add("--judge", default="ar", help="see above")
     add("--steps", nargs="+", type=int, help=f"network passes at most, default {STEPS}")
-    add("--temperatures", nargs="+", type=float,
-        help="default: 1, then whatever brackets the entropy of held-out text")
+    add("--temperatures", nargs="*", type=float,
+        help="default: sampling's own, then whatever brackets the entropy of held-out text; no\n"
+             "number: its own alone")
     add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
         default=["ancestral", "greedy"], help="last step of the uniform process")
     add("--schedule", nargs="+", choices=SCHEDULES, help="of the steps, default even; see sample.py")

@@ -442,7 +442,7 @@ def go(args):
 
 def merge(args):
     """All runs in one list; held-out text once for each text and length. What README's table leaves
-    out is "extra", and of that temperature 1 alone is kept, for the size of the file. A picked
+    out is "extra", and of that the own temperature alone is kept, for the size of the file. A picked
     variant of a LABEL goes by that, and is then its "settings"."""
     found, real = [], {}
     for path in sorted(args.records.glob("*.json")):
@@ -459,7 +459,7 @@ def merge(args):
             if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
                 first = plain and r["steps"] in (1, 16) and not picked
                 r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
-            if picked or r["temperature"] == 1:
+            if picked or evaluate.at_own_temperature(r):
                 found.append(r)
     found = [*real.values(), *found]
     found.sort(key=lambda r: ("gpt2" in r["data"], r["data"], r["block_size"], not r["real"],
@@ -470,7 +470,7 @@ def merge(args):
 
 def groups(args):
     """For each text and length: title, held-out row, {(variant, drawn, sampler, schedule): {steps:
-    row}} at temperature 1, seeds averaged: the teacher, then the best one-pass text first."""
+    row}} at their own temperature, seeds averaged: the teacher, then the best one-pass text first."""
     def one_pass(line):
         first = line[1].get(1, {})
         matched = first.get("gen_ppl_matched")
@@ -478,7 +478,7 @@ def groups(args):
                 matched or first.get("gen_ppl") or math.inf)
 
     rows = [r for r in evaluate.average(evaluate.load_records(args.merged))
-            if r.get("temperature") in (None, 1)]
+            if evaluate.at_own_temperature(r)]
     for key in dict.fromkeys((r["data"], r["block_size"]) for r in rows):
         lines, here = {}, [r for r in rows if (r["data"], r["block_size"]) == key]
         for r in here:

@@ -17,7 +17,7 @@ import evaluate
 import train
 from data import BadInput, TextData
 from evaluate import bootstrap, entropy, ngram_judge, ppl_at, summary
-from generator import Sample
+from generator import COLD, Sample
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform
 
@@ -332,17 +332,23 @@ def test_records_of_a_sweep(data, monkeypatch):
 
 
 def test_records_tell_how_texts_begin(data):
-    """The same network with and without frequencies; at random positions neither has words first."""
+    """The same network with and without frequencies; at random positions neither has words first.
+    What begins with words is sampled cold, and its rows of that temperature are those of a table."""
     nets = {}
     for name, words in (("words", 4), ("blank", 0)):
         torch.manual_seed(0)
         nets[name] = DiT(ModelConfig(data.K + 1, num_layers=1, num_heads=2, width=16, cond_dim=8,
                                      latent_words=words)).eval(), Masked(data.K + 1), ["ancestral"]
-    records = evaluate.evaluate_models(nets, data, None, steps=[1], num_texts=8, temperatures=[1.0],
-                                       metrics=["entropy"], schedules=["even", "linear"])
-    assert [(r["model"], r["schedule"], r.get("begins")) for r in records[1:]] == [
-        ("words", "even", "words"), ("words", "linear", None),
-        ("blank", "even", None), ("blank", "linear", None)]
+    def run(*temperatures):
+        return evaluate.evaluate_models(nets, data, None, steps=[1], num_texts=8, metrics=["entropy"],
+                                        temperatures=temperatures, schedules=["even", "linear"])[1:]
+    assert [(r["model"], r["schedule"], r.get("begins"), r["temperature"]) for r in run()] == [
+        ("words", "even", "words", COLD), ("words", "linear", None, 1),
+        ("blank", "even", None, 1), ("blank", "linear", None, 1)]
+    assert all(map(evaluate.at_own_temperature, run()))
+    assert [evaluate.at_own_temperature(r) for r in run(COLD, 1.0)] == [True, False] + [False, True] * 3
+    assert [evaluate.at_own_temperature(r) for r in ({}, {"temperature": 1.0}, {"temperature": 0.7})
+            ] == [True, True, False]                       # of real text; as recorded before
 
 
 def test_gradient_moment_sees_what_is_real(data, monkeypatch):
