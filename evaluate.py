@@ -49,8 +49,8 @@ VIEWS = {"extra", "knob", "screen", "row_entropy", "held_out_nll"}
 TABLES = {
     "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
         "mauve seconds",
-    "laptop": "process model latent start sampler schedule steps passes bits_per_char entropy "
-        "known_words",
+    "laptop": "process model latent start sampler schedule temperature steps passes bits_per_char "
+        "entropy known_words",
     "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
         "distinct4 gm",
     "novels_grid": "model start update sampler steps gen_ppl_matched gen_ppl entropy distinct4 gm",
@@ -62,7 +62,7 @@ TABLES = {
     "novels_grid.row_entropy": "process model start update t_tilde row_entropy",
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
-    "laptop_words": "latent begins schedule steps gen_ppl_matched gen_ppl entropy known_words",
+    "laptop_words": "latent steps gen_ppl_matched gen_ppl entropy known_words distinct4",
     "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4 gm",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant schedule steps gen_ppl_matched gen_ppl entropy known_words "

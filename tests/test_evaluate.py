@@ -439,23 +439,23 @@ def test_a_missing_judge_is_trained(run_folder, monkeypatch, data):
 # ---- tables -------------------------------------------------------------------------------------
 
 def test_runs_are_averaged_and_settings_kept_apart(tmp_path):
-    """Three seeds, bits 3.0, 3.2, 3.4: 3.2 +- 0.2 (n - 1). Other temperatures are left out of a
+    """Three seeds, perplexities 3.0, 3.2, 3.4: 3.2 +- 0.2 (n - 1). Other temperatures are left out of a
     table without that column; a single run shows its bootstrap interval."""
     base = dict(process="mdlm", model="idlm", sampler="ancestral", steps=4, passes=4.0,
                 temperature=1.0, judge="ngram", entropy=2.5, known_words=0.5, seconds=1.0)
-    records = [base | dict(seed=s, commit=str(s), bits_per_char=b, bits_per_char_ci=[0.0, 9.0])
+    records = [base | dict(seed=s, commit=str(s), gen_ppl=b, gen_ppl_ci=[0.0, 9.0])
                for s, b in enumerate((3.0, 3.2, 3.4))]
-    records += [base | dict(seed=0, steps=8, passes=7.5, bits_per_char=2.0),
-                base | dict(seed=0, temperature=0.8, bits_per_char=1.23)]
+    records += [base | dict(seed=0, steps=8, passes=7.5, gen_ppl=2.0),
+                base | dict(seed=0, temperature=0.8, gen_ppl=1.23)]
     rows = evaluate.average(records)
     assert [(r["steps"], r["temperature"], r["runs"]) for r in rows] == [
         (4, 1.0, 3), (8, 1.0, 1), (4, 0.8, 1)]
-    assert rows[0]["bits_per_char"] == pytest.approx(3.2)
-    assert rows[0]["bits_per_char_ci"] == pytest.approx([3.0, 3.4])
-    (tmp_path / "laptop.json").write_text(json.dumps(records))
+    assert rows[0]["gen_ppl"] == pytest.approx(3.2)
+    assert rows[0]["gen_ppl_ci"] == pytest.approx([3.0, 3.4])
+    (tmp_path / "even.json").write_text(json.dumps(records))
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- table:laptop --><!-- /table:laptop -->\n"
-                      "<!-- table:laptop -->x<!-- /table:laptop -->")
+    readme.write_text("<!-- table:even --><!-- /table:even -->\n"
+                      "<!-- table:even -->x<!-- /table:even -->")
     evaluate.rewrite_tables(readme, tmp_path)
     text = readme.read_text()
     assert text.count("3.2 ± 0.2") == 2 and "1.23" not in text and "3 runs" in text
