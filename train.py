@@ -79,7 +79,7 @@ FULL_NOISE_T_MIN = 0.3               # their smallest t: the gap is large, 1 / t
 STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
-EVERY = {"char": 8, "gpt2": 4}       # --latent state, words: characters are as far apart as two words
+EVERY = {"char": 8, "gpt2": 4}       # --latent state, words: best of 3 to 12 in one pass, of 2 to 16
 WORDS_FROM, FIT_TOKENS = 2 ** 26, 2 ** 16    # frequencies of words: counted, fitted in so many
 CLIP = 1.0                           # gradient norm
 
@@ -118,9 +118,9 @@ def parse_args(argv=None):
     add("--latent",
         metavar="{state[:EVERY[:BETA]],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: what eps is beside the noised text. state (default): nothing, but few passes begin\n"
-             "with every EVERY-th (8, of GPT-2's words 4; 0: no) word there, by frequency; words: a quarter\n"
-             "of the texts train as such; gaussian: z where all is [MASK], DIM numbers a position, SCALE times the embeddings'\n"
-             "size (64, 1). The fake's bound counts BETA times, against mode seeking (words, gaussian: in\n"
+             "with every EVERY-th word there (8, of GPT-2's words 4; 0: none), about by frequency; words: a\n"
+             "quarter of the texts train as such; gaussian: z where all is [MASK], DIM numbers a position,\n"
+             "SCALE times the embeddings' size (64, 1). The fake's bound counts BETA times, against mode seeking (words, gaussian: in\n"
              "those texts): a number (state: 1) or auto (default of the others), which holds the entropy\n"
              "of the texts, also of the others")
     add("--uniform_update", default="hard",
