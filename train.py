@@ -120,9 +120,9 @@ def parse_args(argv=None):
         help="masked: what eps is beside the noised text. state (default): nothing, but few passes begin\n"
              "with every EVERY-th word there (8, of GPT-2's words 4; 0: none), about by frequency; words: a\n"
              "quarter of the texts train as such; gaussian: z where all is [MASK], DIM numbers a position,\n"
-             "SCALE times the embeddings' size (64, 1). The fake's bound counts BETA times, against mode seeking (words, gaussian: in\n"
-             "those texts): a number (state: 1) or auto (default of the others), which holds the entropy\n"
-             "of the texts, also of the others")
+             "SCALE times the embeddings' size (64, 1). The fake's bound counts BETA times, against mode\n"
+             "seeking (words, gaussian: in those texts): a number (state: 1) or auto (default of the others),\n"
+             "which holds the entropy of the texts, also of the others")
     add("--uniform_update", default="hard",
         metavar="{hard[:OWN],marginal[:OWN][:BETA],soft}",
         help="OWN: weighed, G weighs in the token it stands on, or ignored (as published); default:\n"
