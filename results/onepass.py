@@ -459,8 +459,8 @@ def merge(args):
             if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
                 first = plain and r["steps"] in (1, 16) and not picked
                 r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
-            if picked or evaluate.at_own_temperature(r):
-                found.append(r)
+            if picked or evaluate.at_own_temperature(r):   # of what is not shown the variant says all
+                found.append({k: v for k, v in r.items() if picked or k not in BASE})
     found = [*real.values(), *found]
     found.sort(key=lambda r: ("gpt2" in r["data"], r["data"], r["block_size"], not r["real"],
                               r["variant"] != "teacher", r["variant"], r["seed"],
