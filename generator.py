@@ -142,7 +142,7 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
 
 SCHEDULES = "even", "linear", "cosine"
 COLD = 0.85                  # temperature of texts that begin with words, which vary enough for both:
-                             # there one pass has as many different 4-grams as real text
+                             # there one pass has as many different 4-grams as real text (laptop)
 
 
 def step_times(steps, schedule):                           # -> [1, ..., 0], steps + 1 times
@@ -191,7 +191,8 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=None, top
         when = 1 - (turn - first + 0.5) / (n - first) if schedule == "even" else \
             torch.rand(free.shape, generator=rng, dtype=torch.float64)
     was_training = net.training
-    temperature = temperature or (COLD if words else 1.0)
+    if temperature is None:
+        temperature = COLD if words else 1.0
     how = to_device(torch.tensor(temperature), net.device), top_p   # a tensor: compiled only once
     x, nfe = walk(net.eval(), process, x, free, step_times(steps, schedule), rng, how,
                   when=when, ending=ending, callback=callback)

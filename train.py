@@ -118,11 +118,11 @@ def parse_args(argv=None):
     add("--latent",
         metavar="{state[:EVERY[:BETA]],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
         help="masked: what eps is beside the noised text. state (default): nothing, but few passes begin\n"
-             "with every EVERY-th word there (8, of GPT-2's words 4; 0: none), about by frequency; words: a\n"
-             "quarter of the texts train as such; gaussian: z where all is [MASK], DIM numbers a position,\n"
-             "SCALE times the embeddings' size (64, 1). The fake's bound counts BETA times, against mode\n"
-             "seeking (words, gaussian: in those texts): a number (state: 1) or auto (default of the others),\n"
-             "which holds the entropy of the texts, also of the others")
+             "with every EVERY-th word there (preset laptop: 5, else 8, of GPT-2's words 4; 0: none), about by\n"
+             "frequency; words: a quarter of the texts train as such; gaussian: z where all is [MASK], DIM\n"
+             "numbers a position, SCALE times the embeddings' size (64, 1). The fake's bound counts BETA times,\n"
+             "against mode seeking (words, gaussian: in those texts): a number (state: 1) or auto (default of\n"
+             "the others), which holds the entropy of the texts, also of the others")
     add("--uniform_update", default="hard",
         metavar="{hard[:OWN],marginal[:OWN][:BETA],soft}",
         help="OWN: weighed, G weighs in the token it stands on, or ignored (as published); default:\n"
@@ -315,7 +315,8 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft)
     if s.process == "mdlm":
         # With a latent many texts start from next to nothing and look like nothing else: the fake's
-        # sigma input, otherwise unused (0), tells it which. All of t_tilde cost in 8 and 16 passes.
+        # sigma input, otherwise unused (0), tells it which. The level of the others makes no
+        # difference beyond that between seeds (results/README.md, "One pass").
         blank = (t_tilde == 1) & (s.latent != "state")
         told = torch.where(blank, -process.alpha(t_tilde)[0].log(), process.sigma(t))
         noise = process.draw_mask(t, L, rng), process.weight(t), told
@@ -339,6 +340,11 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     return generator_loss(net, fake, teacher, eps, *noise, process.K, rng, **how, **gap)
 
 
+def mean_entropy(tokens):                                  # (B, L) -> nats
+    from evaluate import entropy                           # which itself imports this file
+    return np.mean([entropy(text) for text in tokens.numpy()])
+
+
 class Steering(torch.nn.Module):
     """beta "auto": holds the entropy of the generator's texts at that of training text.
 
@@ -355,15 +361,13 @@ class Steering(torch.nn.Module):
         self.register_buffer("integral", torch.zeros(2))
 
     def update(self, which, s, process, net, x_0, rng):
-        from evaluate import entropy                       # which itself imports this file
         _, passes, proportional, integral = STEER[which]
         next_graph = torch.compiler.cudagraph_mark_step_begin
         next_graph()
         with s.autocast:
             y = sample(net, process, *x_0.shape, passes, rng, temperature=1.0,
                        callback=lambda *_: next_graph()).tokens
-        here, wanted = (np.mean([entropy(text) for text in x.numpy()]) for x in (y, x_0))
-        lack = wanted - here + STEER_ABOVE
+        lack = mean_entropy(x_0) - mean_entropy(y) + STEER_ABOVE
         total = (self.integral[which] + integral * lack).clamp(-0.1, 1)    # no further than beta
         self.integral[which] = total
         self.beta[which] = (1 + total + proportional * lack).clamp(0.9, 2)
@@ -377,15 +381,13 @@ def fit_words(net, process, x_0, rng, rounds=8):
     At one entropy, varied words and a cold network beat words as they are and a warm one: what the
     network draws, it draws independently. The power is halved in on between 1/2 and 2.
     """
-    from evaluate import entropy
     law, low, high = net.frequencies.clone(), 0.5, 2.0
-    wanted, state = np.mean([entropy(text) for text in x_0.numpy()]), rng.get_state()
+    wanted, state = mean_entropy(x_0), rng.get_state()
     for _ in range(rounds):
         power = (low + high) / 2
         net.set_frequencies(law ** power)
         y = sample(net, process, *x_0.shape, 1, rng.set_state(state), temperature=COLD).tokens
-        varied = np.mean([entropy(text) for text in y.numpy()]) > wanted
-        low, high = (power, high) if varied else (low, power)
+        low, high = (power, high) if mean_entropy(y) > wanted else (low, power)
     return power
 
 

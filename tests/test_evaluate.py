@@ -439,8 +439,8 @@ def test_a_missing_judge_is_trained(run_folder, monkeypatch, data):
 # ---- tables -------------------------------------------------------------------------------------
 
 def test_runs_are_averaged_and_settings_kept_apart(tmp_path):
-    """Three seeds, perplexities 3.0, 3.2, 3.4: 3.2 +- 0.2 (n - 1). Other temperatures are left out of a
-    table without that column; a single run shows its bootstrap interval."""
+    """Three seeds, perplexities 3.0, 3.2, 3.4: 3.2 +- 0.2 (n - 1). Other temperatures are left out
+    of a table without that column; a single run shows its bootstrap interval."""
     base = dict(process="mdlm", model="idlm", sampler="ancestral", steps=4, passes=4.0,
                 temperature=1.0, judge="ngram", entropy=2.5, known_words=0.5, seconds=1.0)
     records = [base | dict(seed=s, commit=str(s), gen_ppl=b, gen_ppl_ci=[0.0, 9.0])
