@@ -80,7 +80,7 @@ STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many up
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
 EVERY = {"char": 8, "gpt2": 4}       # --latent state, words: best of 3 to 12 in one pass, of 2 to 16
-WORDS_FROM, FIT_TOKENS = 2 ** 26, 2 ** 16    # frequencies of words: counted, fitted in so many
+WORDS_FROM, FIT_TOKENS = 2 ** 26, 2 ** 17    # frequencies of words: counted, fitted in so many
 CLIP = 1.0                           # gradient norm
 
 
@@ -382,7 +382,7 @@ def fit_words(net, process, x_0, rng, rounds=8):
     network draws, it draws independently. The power is halved in on between 1/2 and 2.
     """
     law, low, high = net.frequencies.clone(), 0.5, 2.0
-    wanted, state = mean_entropy(x_0), rng.get_state()
+    wanted, state = mean_entropy(x_0) + STEER_ABOVE, rng.get_state()
     for _ in range(rounds):
         power = (low + high) / 2
         net.set_frequencies(law ** power)
@@ -536,7 +536,7 @@ def run_stage(args, stage, data):
         if due and s.rank == 0:
             if step == s.updates and config.latent_words:
                 rng = torch.Generator().manual_seed(key_of(s, step, 15))
-                x_0 = data.batch("train", max(1, min(512, FIT_TOKENS // s.block_size)), rng)
+                x_0 = data.batch("train", max(1, FIT_TOKENS // s.block_size), rng)
                 with s.autocast:
                     power = fit_words(main.ema, process, x_0, rng)
                 print(f"  texts begin with words by frequency to the power {power:.2f}", flush=True)
