@@ -36,7 +36,7 @@ from tqdm import tqdm
 import checkpoint
 import idlm_loss
 from data import BadInput, TextData
-from generator import COLD, SCHEDULES, sample
+from generator import SCHEDULES, own_temperature, sample
 from teacher import Masked
 from train import has_bfloat16, pick_device
 
@@ -277,7 +277,7 @@ def find_judge(name, data, device, out, meta):
 def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
                     metrics=METRICS, mauve=False, judge_name=None, schedules=("even",)):
     """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
-    temperatures: by default the one that sampling has (1, or COLD), then 0.2 hotter or 0.1 colder
+    temperatures: by default the one that sampling has, then 0.2 hotter or 0.1 colder
     until the curve of each setting has the entropy of held-out text well inside, at most 6; []:
     that one alone. schedules: see generator.step_times."""
     if unknown := set(metrics) - set(METRICS):
@@ -333,7 +333,7 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
         (net, process, _), curve = nets[name], []
         how = {"begins": "words"} if net.config.latent_words and schedule == "even" else \
             {"latent": "gaussian"} if net.config.latent_dim else {}
-        half, own = has_bfloat16(net.device), COLD if "begins" in how else 1.0
+        half, own = has_bfloat16(net.device), own_temperature(net, process, n, schedule)
         net.freeze(torch.bfloat16 if half else None)
         todo = [*(temperatures or [own])]
         for temperature in todo:                           # which may grow on the way

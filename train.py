@@ -38,7 +38,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import checkpoint
 import idlm_loss
 from data import BadInput, TextData
-from generator import COLD, draw_latent, sample
+from generator import draw_latent, sample
 from model import DiT, ModelConfig
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
@@ -61,7 +61,8 @@ PRESETS = {
         save_every=2000,
         teacher=dict(updates=10_000, lr=1e-3), judge=dict(updates=3000, lr=1e-3),
         dcd=dict(updates=2000, lr=1e-4),
-        idlm=dict(updates=3000, lr=1e-4, fake_lr=3e-4, ema=0.99, warmup=50)),
+        idlm=dict(updates=3000, lr=1e-4, fake_lr=3e-4, ema=0.99, warmup=50),
+        **{"mdlm idlm": dict(ema=0.998)}),
     # The paper's recipe: 169M parameters, batch 512, the published optimiser, whose rate stays as
     # it is after warm-up. The hub has the data set's parquet files under this name: no remote code.
     "owt": dict(
@@ -80,7 +81,7 @@ STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many up
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
 EVERY = {"char": 8, "gpt2": 4}       # --latent state, words: best of 3 to 12 in one pass, of 2 to 16
-WORDS_FROM, FIT_TOKENS = 2 ** 26, 2 ** 17    # frequencies of words: counted, fitted in so many
+WORDS_FROM, FIT_TEXTS = 2 ** 26, 1024    # frequencies: of so many words; fitted with so many texts
 CLIP = 1.0                           # gradient norm
 
 
@@ -374,20 +375,23 @@ class Steering(torch.nn.Module):
 
 
 @torch.no_grad()
-def fit_words(net, process, x_0, rng, rounds=8):
-    """Words that texts begin with: by frequency to the power at which texts of one pass, at
-    temperature COLD, have the unigram entropy of the training texts x_0 (B, L).
+def fit_words(net, process, x_0, rng, rounds=7):
+    """Words that texts begin with: by frequency to the power at which FIT_TEXTS texts of one pass
+    have the unigram entropy of the training texts x_0 (N, L), or a little above.
 
-    At one entropy, varied words and a cold network beat words as they are and a warm one: what the
-    network draws, it draws independently. The power is halved in on between 1/2 and 2.
+    At one entropy, varied words and a cold network (generator.own_temperature) beat words as they
+    are and a warm one: what the network draws, it draws independently. The power is halved in on
+    between 0.5 and 1.5.
     """
-    law, low, high = net.frequencies.clone(), 0.5, 2.0
+    law, low, high = net.frequencies.clone(), 0.5, 1.5
     wanted, state = mean_entropy(x_0) + STEER_ABOVE, rng.get_state()
     for _ in range(rounds):
         power = (low + high) / 2
         net.set_frequencies(law ** power)
-        y = sample(net, process, *x_0.shape, 1, rng.set_state(state), temperature=COLD).tokens
-        low, high = (power, high) if mean_entropy(y) > wanted else (low, power)
+        rng.set_state(state)
+        y = [sample(net, process, len(part), x_0.shape[1], 1, rng).tokens
+             for part in x_0[:FIT_TEXTS].split(64)]
+        low, high = (power, high) if mean_entropy(torch.cat(y)) > wanted else (low, power)
     return power
 
 
@@ -536,7 +540,7 @@ def run_stage(args, stage, data):
         if due and s.rank == 0:
             if step == s.updates and config.latent_words:
                 rng = torch.Generator().manual_seed(key_of(s, step, 15))
-                x_0 = data.batch("train", max(1, FIT_TOKENS // s.block_size), rng)
+                x_0 = data.batch("train", 8 * FIT_TEXTS, rng)
                 with s.autocast:
                     power = fit_words(main.ema, process, x_0, rng)
                 print(f"  texts begin with words by frequency to the power {power:.2f}", flush=True)

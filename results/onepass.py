@@ -63,8 +63,9 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
-            full_t_min=0.0, law="as it is")
-NOW = {"told": "blank", "law": "fitted"}     # the program since; BASE has what the first runs had
+            full_t_min=0.0, law="as it is", ema=0.99)
+# The program since; BASE has what the first runs had. law=fitted: for one pass at temperature 0.85
+NOW = {"told": "blank", "law": "cold", "ema": 0.998}
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -172,6 +173,7 @@ class Network(DiT):
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
     train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
+    train.PRESETS["gpu"]["mdlm idlm"]["ema"] = run["ema"]
     train.FULL_NOISE_T_MIN = run["full_t_min"]
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
@@ -200,7 +202,7 @@ def patch(run, start=None):
         return torch.cat([z, texts * (z != 0).any(-1, keepdim=True)], -1)
 
     generator.added_latent = own_and_texts
-    if run["law"] != "fitted":
+    if run["law"] == "as it is":
         train.fit_words = lambda *args: 1.0
     if run["latent"] != "state" and run["told"] == "none":
         fake, loss = idlm_loss.masked_fake_loss, idlm_loss.masked_generator_loss
@@ -219,6 +221,7 @@ def variant_of(run):
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
     skip += ["every", "law"] * (run["latent"] == "gaussian" or run["process"] == "duo")
+    skip += ["ema"] * (run["process"] == "duo")
     skip += ["t_min"] * (run["latent"] == "state" and run["t_min"] == EPS)
     found = {k: run[k] for k, v in BASE.items() if k not in skip and run[k] != v}
     if "beta" in found:
@@ -351,9 +354,11 @@ def runs_of(sizes, args):
         if key not in base:
             raise BadInput(f"--set {key}: no such setting, choose from {' '.join(base)}")
         base[key] = type(base[key])(value)
-    if base["told"] not in ("none", "blank"):
-        raise BadInput(f"--set told={base['told']}: the fake is told blank or none; commit 689c284 "
-                       "has the rest")
+    for key, there, commit in (("told", ("none", "blank"), "689c284"),
+                               ("law", ("as it is", "cold"), "d94ac43")):
+        if base[key] not in there:
+            raise BadInput(f"--set {key}={base[key]}: choose from {', '.join(there)}; commit "
+                           f"{commit} has the rest")
     for length in args.length:
         for change in (change for task in args.tasks for change in TASKS[task]):
             run = base | {"data": args.name, "length": length} | change

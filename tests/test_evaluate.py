@@ -17,7 +17,7 @@ import evaluate
 import train
 from data import BadInput, TextData
 from evaluate import bootstrap, entropy, ngram_judge, ppl_at, summary
-from generator import COLD, Sample
+from generator import Sample
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform
 
@@ -343,10 +343,10 @@ def test_records_tell_how_texts_begin(data):
         return evaluate.evaluate_models(nets, data, None, steps=[1], num_texts=8, metrics=["entropy"],
                                         temperatures=temperatures, schedules=["even", "linear"])[1:]
     assert [(r["model"], r["schedule"], r.get("begins"), r["temperature"]) for r in run()] == [
-        ("words", "even", "words", COLD), ("words", "linear", None, 1),
+        ("words", "even", "words", 0.5), ("words", "linear", None, 1),
         ("blank", "even", None, 1), ("blank", "linear", None, 1)]
     assert all(map(evaluate.at_own_temperature, run()))
-    assert [evaluate.at_own_temperature(r) for r in run(COLD, 1.0)] == [True, False] + [False, True] * 3
+    assert [evaluate.at_own_temperature(r) for r in run(0.5, 1.0)] == [True, False] + [False, True] * 3
     assert [evaluate.at_own_temperature(r) for r in ({}, {"temperature": 1.0}, {"temperature": 0.7})
             ] == [True, True, False]                       # of real text; as recorded before
 
