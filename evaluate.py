@@ -168,12 +168,13 @@ def ppl_at(target, entropies, log_ppls):
 
 
 def next_temperature(done, entropies, target, margin=0.03, most=6):
-    """[the temperature to try next], or [] once `target` lies well inside the entropies or after
-    `most`. Entropy rises with temperature: at 1.0 it was 2.8, so for 2.9 [1.2] is next."""
+    """[the temperature to try next], or [] once `target` lies well inside the entropies, after
+    `most` or at 0. Entropy rises with temperature: at 1.0 it was 2.8, so for 2.9 [1.2] is next."""
     if min(entropies) + margin < target < max(entropies) - margin or len(done) == most:
         return []
     hotter = max(entropies) - margin <= target
-    return [round(max(done) + 0.2 if hotter else min(done) - 0.1, 1)]
+    found = round(max(done) + 0.2 if hotter else min(done) - 0.1, 1)
+    return [found] * (found > 0)
 
 
 # ---- judges: score(tokens (N, L), groups) -> nll, counted tokens, characters: (N,) each; gradients
