@@ -63,6 +63,8 @@ TABLES = {
     "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
     "laptop_words": "latent steps gen_ppl_matched gen_ppl entropy known_words distinct4",
+    "onepass_cold": "variant temperature fitted_power steps gen_ppl_matched gen_ppl entropy known_words "
+        "distinct4 gm",
     "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4 gm",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant schedule steps gen_ppl_matched gen_ppl entropy known_words "
@@ -377,7 +379,8 @@ def average(records):
     its runs: their mean, and as interval mean -+ standard deviation."""
     groups, rows = {}, []
     for r in records:
-        key = {k: v for k, v in r.items() if k not in {*PROVENANCE, "train_command"}
+        key = {k: v for k, v in r.items()
+               if k not in {*PROVENANCE, "train_command", "own_temperature"}
                and v is not None and (k in SETTINGS or not isinstance(v, (float, list)))}
         groups.setdefault(repr(sorted(key.items())), []).append(r)
     for runs in groups.values():

@@ -15,7 +15,7 @@ are. A run is a process of its own, forked off with the text in memory: it may c
 for a variant. It trains, samples, and writes results/onepass/NAME.json at once and whole; a NAME
 that is there is not run again. SIGTERM stops it all and leaves nothing half-written.
 
-merge writes results/onepass.json: README's table has the variants of --pick, each by its LABEL; the
+merge adds the runs to results/onepass.json: README's table has the variants of --pick, each by its LABEL; the
 others of as many updates as BASE says, with 1 or 16 steps, are "screen", a table of its own, the
 rest is "extra".
 Temperatures as in evaluate.py: as many as bracket the entropy of held-out text, at most 6.
@@ -38,6 +38,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from itertools import chain
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):     # many processes, few cores
@@ -98,17 +99,22 @@ SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passe
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
 FAST, AUTO = "lr=0.0002 fake_lr=0.001", "beta=auto beta_at=full {}full_t_min=0.3"
 NOVELS = "fake_lr=0.0003 fake_updates=2 {}dropout=0.0 batch=64 updates=1500"
+LAW = "law=cold ema=0.998"
 PICK = [f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 updates=5000",
         f"latent-free, from [MASK]: latent-free {SET} updates=3500",
         f"latent-free, from [MASK]: latent-free {SET} batch=64 updates=2000",
         f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 beta=auto",
-        f"words, not trained for: latent-free {FAST} dropout=0.0 every=8",
-        f"words, not trained for: latent-free {FAST} dropout=0.0 updates=1500 every=8",
-        "words, not trained for: latent-free " + NOVELS.format(""),
-        f"words: words told=blank {FAST} t_min=0.001 dropout=0.0 " + AUTO.format("every=8 "),
+        f"words, not trained for: latent-free {FAST} dropout=0.0 every=8 {LAW}",
+        f"words, not trained for: latent-free {FAST} dropout=0.0 updates=1500 every=8 {LAW}",
+        f"words, not trained for: latent-free {NOVELS.format('')} {LAW}",
+        f"words: words told=blank {FAST} t_min=0.001 dropout=0.0 " + AUTO.format("every=8 ") + f" {LAW}",
         f"words: words told=blank {FAST} t_min=0.001 dropout=0.0 updates=1500 "
-        + AUTO.format("every=8 "),
-        "words: words told=blank " + NOVELS.format("t_min=0.001 ") + " " + AUTO.format(""),
+        + AUTO.format("every=8 ") + f" {LAW}",
+        "words: words told=blank " + NOVELS.format("t_min=0.001 ") + " " + AUTO.format("") + f" {LAW}",
+        f"words, beta 1: words told=blank {FAST} t_min=0.001 dropout=0.0 "
+        f"beta_at=full every=8 full_t_min=0.3 {LAW}",
+        f"words, beta 1: words told=blank {FAST} t_min=0.001 dropout=0.0 updates=1500 "
+        f"beta_at=full every=8 full_t_min=0.3 {LAW}",
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
         f"gaussian: gaussian {SET} updates=3500 {BLANK}",
         f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
@@ -445,27 +451,36 @@ def go(args):
 
 # ---- tables and a figure ------------------------------------------------------------------------
 
+def merged_before(path):
+    """The records of a merged file as their runs wrote them, less what merge left out."""
+    for record in evaluate.load_records(path) if path.exists() else []:
+        r = {k: v for k, v in record.items() if k not in ("settings", "screen", "extra")}
+        r["variant"] = record.get("settings", r["variant"])
+        yield r | {"updates": BASE["updates"]} if "screen" in record else r
+
+
 def merge(args):
-    """All runs in one list; held-out text once for each text and length. What README's table leaves
-    out is "extra", and of that the own temperature alone is kept, for the size of the file. A picked
-    variant of a LABEL goes by that, and is then its "settings"."""
+    """All runs, of this file too, in one list; held-out text once for each text and length. What
+    README's table leaves out is "extra", and of that the own temperature alone is kept, for the
+    size of the file. A picked variant of a LABEL goes by that, and is then its "settings"."""
     found, real = [], {}
-    for path in sorted(args.records.glob("*.json")):
-        for record in evaluate.load_records(path):
-            r = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()
-                 if not k.endswith("_ci") or k == "gen_ppl_matched_ci"}
-            if r["real"]:
-                real.setdefault((r["data"], r["block_size"]), r | {"variant": "held-out text"})
-                continue
-            name, plain = r["variant"], (r["drawn"], r["sampler"]) == ("fresh z", "ancestral")
-            picked = plain and (name == "teacher" or name in args.pick)
-            if plain and name in args.pick:
-                r |= {"variant": args.pick[name], "settings": name}
-            if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
-                first = plain and r["steps"] in (1, 16) and not picked
-                r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
-            if picked or evaluate.at_own_temperature(r):   # of what is not shown the variant says all
-                found.append({k: v for k, v in r.items() if picked or k not in BASE})
+    files = [evaluate.load_records(path) for path in sorted(args.records.glob("*.json"))]
+    for record in chain(merged_before(args.merged), *files):
+        r = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in record.items()
+             if not k.endswith("_ci") or k == "gen_ppl_matched_ci"}
+        if r["real"]:
+            real.setdefault((r["data"], r["block_size"]), r | {"variant": "held-out text"})
+            continue
+        name, plain = r["variant"], (r["drawn"], r["sampler"]) == ("fresh z", "ancestral")
+        picked = plain and (name == "teacher" or name in args.pick)
+        if plain and name in args.pick:
+            r |= {"variant": args.pick[name], "settings": name}
+        if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
+            first = plain and r["steps"] in (1, 16) and not picked
+            r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
+        if picked or evaluate.at_own_temperature(r):       # of what is not shown the variant says all
+            r = {k: v for k, v in r.items() if picked or k not in BASE}
+            found += [r] * (r not in found)                # its run's file may be here still
     found = [*real.values(), *found]
     found.sort(key=lambda r: ("gpt2" in r["data"], r["data"], r["block_size"], not r["real"],
                               r["variant"] != "teacher", r["variant"], r["seed"],

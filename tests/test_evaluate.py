@@ -279,9 +279,10 @@ def ramp(data, spread):
 
 
 def test_next_temperature():
-    """Entropy 2.7 + 0.3 (T - 1): from 1 toward the target, a little beyond it, at most 6 times."""
-    def sweep(target):
-        done = [1.0]
+    """Entropy 2.7 + 0.3 (T - 1): from 1 toward the target, a little beyond it, at most 6 times,
+    above 0."""
+    def sweep(target, start=1.0):
+        done = [start]
         while more := evaluate.next_temperature(done, [2.7 + 0.3 * (T - 1) for T in done], target):
             done += more
         return done
@@ -289,6 +290,7 @@ def test_next_temperature():
     assert sweep(2.79) == sweep(2.75) == [1.0, 1.2, 1.4] and sweep(2.65) == [1.0, 0.9, 0.8, 0.7]
     assert sweep(2.72) == [1.0, 1.2, 0.9]
     assert sweep(9.0) == [1.0, 1.2, 1.4, 1.6, 1.8, 2.0] and len(sweep(0.0)) == 6
+    assert sweep(0.0, 0.5) == [0.5, 0.4, 0.3, 0.2, 0.1] and sweep(0.0, 0.82)[:3] == [0.82, 0.7, 0.6]
 
 
 def test_records_of_a_sweep(data, monkeypatch):

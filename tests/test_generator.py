@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import enumeration as en
-from generator import (Latent, draw_latent, generate_probs, mixture_log_prob, sample, turns,
-                       warp)
+from generator import (Latent, draw_latent, generate_probs, mixture_log_prob, own_temperature,
+                       sample, turns, warp)
 from idlm_loss import masked_generator_loss, sample_categorical
 from model import DiT, ModelConfig
-from teacher import Masked
+from teacher import Masked, Uniform
 
 K, L = 3, 3
 PROCESS = Masked(K + 1)
@@ -564,6 +564,14 @@ def test_sampling_begins_with_words(steps, schedule, rng):
     assert chi_square_p(out.tokens, with_words if even else without) > 1e-5
     assert chi_square_p(out.tokens, without if even else with_words) < 1e-9
     assert out.nfe.max() <= steps and (not even or (out.nfe == steps).all())
+
+
+@pytest.mark.parametrize("steps, temperature", [(1, 0.5), (2, 0.65), (4, 0.75), (16, 0.88), (64, 0.94)])
+def test_more_passes_are_warmer(steps, temperature):
+    net = SimpleNamespace(config=SimpleNamespace(latent_words=4))
+    assert own_temperature(net, PROCESS, steps, "even") == temperature
+    assert own_temperature(net, PROCESS, steps, "linear") == 1
+    assert own_temperature(None, Uniform(K), steps, "even") == 1      # whose networks know no words
 
 
 @pytest.mark.parametrize("words, schedule, temperature", [
