@@ -379,8 +379,7 @@ def average(records):
     its runs: their mean, and as interval mean -+ standard deviation."""
     groups, rows = {}, []
     for r in records:
-        key = {k: v for k, v in r.items()
-               if k not in {*PROVENANCE, "train_command", "own_temperature"}
+        key = {k: v for k, v in r.items() if k not in {*PROVENANCE, "train_command"}
                and v is not None and (k in SETTINGS or not isinstance(v, (float, list)))}
         groups.setdefault(repr(sorted(key.items())), []).append(r)
     for runs in groups.values():

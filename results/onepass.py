@@ -471,6 +471,7 @@ def merge(args):
         if r["real"]:
             real.setdefault((r["data"], r["block_size"]), r | {"variant": "held-out text"})
             continue
+        r["own_temperature"] = evaluate.at_own_temperature(r)
         name, plain = r["variant"], (r["drawn"], r["sampler"]) == ("fresh z", "ancestral")
         picked = plain and (name == "teacher" or name in args.pick)
         if plain and name in args.pick:
@@ -478,7 +479,7 @@ def merge(args):
         if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
             first = plain and r["steps"] in (1, 16) and not picked
             r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
-        if picked or evaluate.at_own_temperature(r):       # of what is not shown the variant says all
+        if picked or r["own_temperature"]:                 # of what is not shown the variant says all
             r = {k: v for k, v in r.items() if picked or k not in BASE}
             found += [r] * (r not in found)                # its run's file may be here still
     found = [*real.values(), *found]
@@ -530,8 +531,8 @@ def table(args):
 
 
 def plot(args):
-    """Matched gen_ppl against passes; where it is not reached hollow: gen_ppl, beside its entropy.
-    """
+    """Matched gen_ppl against passes; where that is not reached hollow: gen_ppl at sampling's own
+    temperature, beside it the entropy where that is 0.02 or more off."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
     found = [*groups(args)]
@@ -548,6 +549,7 @@ def plot(args):
             for r, *at in zip(line, x, y):
                 if not r["gen_ppl_matched"]:
                     ax.plot(*at, "o", color=color, ms=4, mfc="white")
+                if not r["gen_ppl_matched"] and abs(r["entropy"] - real["entropy"]) >= 0.02:
                     ax.annotate(f"{r['entropy']:.2f}", at, (5, 3), color=color, fontsize=7,
                                 textcoords="offset points")
         ax.axhline(real["gen_ppl"], color="black", ls="--", lw=1,
@@ -555,7 +557,7 @@ def plot(args):
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=title, yscale="log", ylabel="gen_ppl at the entropy of held-out text",
-               xlabel="network passes (hollow: entropy not reached, beside it)")
+               xlabel="network passes (hollow: at another entropy, beside it if 0.02 off)")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         ax.grid(alpha=0.25, which="both")
