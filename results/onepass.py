@@ -15,9 +15,9 @@ are. A run is a process of its own, forked off with the text in memory: it may c
 for a variant. It trains, samples, and writes results/onepass/NAME.json at once and whole; a NAME
 that is there is not run again. SIGTERM stops it all and leaves nothing half-written.
 
-merge adds the runs to results/onepass.json: README's table has the variants of --pick, each by its LABEL; the
-others of as many updates as BASE says, with 1 or 16 steps, are "screen", a table of its own, the
-rest is "extra".
+merge adds the runs to results/onepass.json: README's table has the variants of --pick, each by its
+LABEL; the others of as many updates as BASE says, with 1 or 16 steps, are "screen", a table of its
+own, the rest is "extra".
 Temperatures as in evaluate.py: as many as bracket the entropy of held-out text, at most 6.
 
 overlap         share of equal tokens at equal positions, over all pairs of texts of a batch
@@ -99,7 +99,7 @@ SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passe
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
 FAST, AUTO = "lr=0.0002 fake_lr=0.001", "beta=auto beta_at=full {}full_t_min=0.3"
 NOVELS = "fake_lr=0.0003 fake_updates=2 {}dropout=0.0 batch=64 updates=1500"
-LAW = "law=cold ema=0.998"
+LAW, WORDS = "law=cold ema=0.998", f"words told=blank {FAST} t_min=0.001 dropout=0.0"
 PICK = [f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 updates=5000",
         f"latent-free, from [MASK]: latent-free {SET} updates=3500",
         f"latent-free, from [MASK]: latent-free {SET} batch=64 updates=2000",
@@ -107,14 +107,11 @@ PICK = [f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 upd
         f"words, not trained for: latent-free {FAST} dropout=0.0 every=8 {LAW}",
         f"words, not trained for: latent-free {FAST} dropout=0.0 updates=1500 every=8 {LAW}",
         f"words, not trained for: latent-free {NOVELS.format('')} {LAW}",
-        f"words: words told=blank {FAST} t_min=0.001 dropout=0.0 " + AUTO.format("every=8 ") + f" {LAW}",
-        f"words: words told=blank {FAST} t_min=0.001 dropout=0.0 updates=1500 "
-        + AUTO.format("every=8 ") + f" {LAW}",
-        "words: words told=blank " + NOVELS.format("t_min=0.001 ") + " " + AUTO.format("") + f" {LAW}",
-        f"words, beta 1: words told=blank {FAST} t_min=0.001 dropout=0.0 "
-        f"beta_at=full every=8 full_t_min=0.3 {LAW}",
-        f"words, beta 1: words told=blank {FAST} t_min=0.001 dropout=0.0 updates=1500 "
-        f"beta_at=full every=8 full_t_min=0.3 {LAW}",
+        f"words: {WORDS} {AUTO.format('every=8 ')} {LAW}",
+        f"words: {WORDS} updates=1500 {AUTO.format('every=8 ')} {LAW}",
+        f"words: words told=blank {NOVELS.format('t_min=0.001 ')} {AUTO.format('')} {LAW}",
+        f"words, beta 1: {WORDS} beta_at=full every=8 full_t_min=0.3 {LAW}",
+        f"words, beta 1: {WORDS} updates=1500 beta_at=full every=8 full_t_min=0.3 {LAW}",
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
         f"gaussian: gaussian {SET} updates=3500 {BLANK}",
         f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
