@@ -36,7 +36,7 @@ from tqdm import tqdm
 import checkpoint
 import idlm_loss
 from data import BadInput, TextData
-from generator import SCHEDULES, own_temperature, sample
+from generator import SCHEDULES, own_temperature, sample, words_first
 from teacher import Masked
 from train import has_bfloat16, pick_device
 
@@ -280,9 +280,9 @@ def find_judge(name, data, device, out, meta):
 def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
                     metrics=METRICS, mauve=False, judge_name=None, schedules=("even",)):
     """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
-    temperatures: by default the one that sampling has, then 0.2 hotter or 0.1 colder
-    until the curve of each setting has the entropy of held-out text well inside, at most 6; []:
-    that one alone. schedules: see generator.step_times."""
+    temperatures: by default the one that sampling has, then 0.2 hotter or 0.1 colder until the curve
+    of each setting has the entropy of held-out text well inside, at most 6; []: that one alone.
+    schedules: see generator.step_times."""
     if unknown := set(metrics) - set(METRICS):
         raise BadInput(f"--metrics {' '.join(unknown)}: unknown, choose from {' '.join(METRICS)}")
     L, n_real = data.block_size, min(num_texts, len(data.val) // data.block_size // 2)
@@ -334,7 +334,7 @@ def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64
                 for schedule in schedules for n in steps]
     for name, sampler, schedule, n in (bar := tqdm(settings, leave=False, disable=None)):
         (net, process, _), curve = nets[name], []
-        how = {"begins": "words"} if net.config.latent_words and schedule == "even" else \
+        how = {"begins": "words"} if words_first(net, process, schedule) else \
             {"latent": "gaussian"} if net.config.latent_dim else {}
         half, own = has_bfloat16(net.device), own_temperature(net, process, n, schedule)
         net.freeze(torch.bfloat16 if half else None)

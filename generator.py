@@ -143,12 +143,15 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
 SCHEDULES = "even", "linear", "cosine"
 
 
+def words_first(net, process, schedule):    # every so many-th word is there at first, at no pass; 0: none
+    return net.config.latent_words if isinstance(process, Masked) and schedule == "even" else 0
+
+
 def own_temperature(net, process, steps, schedule):
     """Of the network's draws, where nobody says: 1; but 1/2 in one pass, 3/4 in four, 0.88 in 16 for
     texts that begin with words. Words tell texts apart, so the network need not: the tokens that
     one pass draws know nothing of each other, and the fewer the passes, the more of them there are."""
-    words = isinstance(process, Masked) and schedule == "even" and net.config.latent_words
-    return round(1 - 0.5 / math.sqrt(steps), 2) if words else 1.0
+    return round(1 - 0.5 / math.sqrt(steps), 2) if words_first(net, process, schedule) else 1.0
 
 
 def step_times(steps, schedule):                           # -> [1, ..., 0], steps + 1 times
@@ -185,9 +188,9 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=None, top
         prompt = prompt.expand(num_texts, length)
         free = prompt < 0
         x = torch.where(free, x, prompt)
-    walk, when, words = sample_uniform, None, 0
+    walk, when = sample_uniform, None
     if isinstance(process, Masked):
-        walk, words = sample_masked, net.config.latent_words if schedule == "even" else 0
+        walk, words = sample_masked, words_first(net, process, schedule)
         n = min(max(steps + 1, words) if words else steps, length)
         turn, first = turns(num_texts, length, n, rng), int(words > 0)
         if words:                                          # the first turn, at no pass
