@@ -175,7 +175,7 @@ class Network(DiT):
 
 def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
-    train.CLIP, train.FULL_NOISE = run["clip"], run["share"]
+    train.CLIP, train.FULL_NOISE = run["clip"], {run["latent"]: run["share"]}
     train.PRESETS["gpu"]["mdlm idlm"]["ema"] = run["ema"]
     train.FULL_NOISE_T_MIN = run["full_t_min"]
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
