@@ -99,7 +99,7 @@ SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passe
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
 FAST, AUTO = "lr=0.0002 fake_lr=0.001", "beta=auto beta_at=full {}full_t_min=0.3"
 NOVELS = "fake_lr=0.0003 fake_updates=2 {}dropout=0.0 batch=64 updates=1500"
-LAW, WORDS = "law=cold ema=0.998", f"words told=blank {FAST} t_min=0.001 dropout=0.0"
+LAW, WORDS = "law=cold ema=0.998", f"words share=0.1 told=blank {FAST} t_min=0.001 dropout=0.0"
 PICK = [f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 updates=5000",
         f"latent-free, from [MASK]: latent-free {SET} updates=3500",
         f"latent-free, from [MASK]: latent-free {SET} batch=64 updates=2000",
@@ -109,7 +109,7 @@ PICK = [f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 upd
         f"words, not trained for: latent-free {NOVELS.format('')} {LAW}",
         f"words: {WORDS} {AUTO.format('every=8 ')} {LAW}",
         f"words: {WORDS} updates=1500 {AUTO.format('every=8 ')} {LAW}",
-        f"words: words told=blank {NOVELS.format('t_min=0.001 ')} {AUTO.format('')} {LAW}",
+        f"words: words share=0.1 told=blank {NOVELS.format('t_min=0.001 ')} {AUTO.format('')} {LAW}",
         f"words, beta 1: {WORDS} beta_at=full every=8 full_t_min=0.3 {LAW}",
         f"words, beta 1: {WORDS} updates=1500 beta_at=full every=8 full_t_min=0.3 {LAW}",
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
@@ -476,8 +476,9 @@ def merge(args):
         if not picked or r["steps"] not in SHOWN.get(r["variant"], SHOWN["others"]):
             first = plain and r["steps"] in (1, 16) and not picked
             r["screen" if first and r.get("updates") == BASE["updates"] else "extra"] = True
-        if picked or r["own_temperature"]:                 # of what is not shown the variant says all
-            r = {k: v for k, v in r.items() if picked or k not in BASE}
+        if picked or r["own_temperature"]:                 # else the variant says all
+            whole = picked and r["own_temperature"]
+            r = {k: v for k, v in r.items() if whole or k not in BASE}
             found += [r] * (r not in found)                # its run's file may be here still
     found = [*real.values(), *found]
     found.sort(key=lambda r: ("gpt2" in r["data"], r["data"], r["block_size"], not r["real"],
