@@ -120,8 +120,8 @@ def parse_args(argv=None):
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
     add("--latent",
         metavar="{state[:EVERY[:BETA]],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
-        help="masked: what eps is beside the noised text. state (default): nothing, but few passes begin\n"
-             "with every EVERY-th word there (preset laptop: 5, else 8, of GPT-2's words 4; 0: none), about by\n"
+        help="masked: what eps is beside the noised text. state (default; preset gpu: words): nothing, but few passes\n"
+             "begin with every EVERY-th word there (preset laptop: 5, else 8, of GPT-2's words 4; 0: none), about by\n"
              "frequency; words: a tenth of the texts train as such; gaussian: z where all is [MASK], DIM\n"
              "numbers a position, SCALE times the embeddings' size (64, 1). The fake's bound counts BETA times,\n"
              "against mode seeking (words, gaussian: in those texts): a number (state: 1) or auto (default of\n"

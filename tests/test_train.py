@@ -428,6 +428,7 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
     always 0."""
     levels, calls, times = [], [], []
     latent, step = train.draw_latent, train.idlm_step
+    monkeypatch.setitem(train.FULL_NOISE, "words", 0.4)      # of eight texts: some, not all
 
     def spy_latent(net, p, x_0, t_tilde, rng, soft):
         levels.append((t_tilde, soft))
@@ -810,7 +811,7 @@ def test_beta_follows_process_and_latent():
         s = train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm")
         return getattr(s, "betas", s.beta)
     assert betas("--latent=state") == betas("--process=duo") == betas("--latent=state:6:1") == (1, 1)
-    assert betas() == betas("--preset=gpu") == (1, 1)
+    assert betas() == (1, 1) and betas("--preset=gpu") == "auto"
     assert betas("--latent=state:8:1.2") == (1.2, 1.2) and betas("--latent=state:0:auto") == "auto"
     assert betas("--latent=gaussian:8:2") == betas("--latent=words") == "auto"
     assert betas("--latent=gaussian:8:2:1.1") == betas("--latent=words:5:1.1") == (1.1, 1)
