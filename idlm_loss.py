@@ -211,7 +211,7 @@ def masked_fake_loss(generator, fake, eps, is_masked, weight, sigma, mask_id, rn
     eps        the generator's inputs, eps[0] = x_tilde (B, L)
     is_masked  (B, L) bool, where x_t is [MASK]: each with probability 1 - alpha_t
     weight     (B,) -dalpha_t / (1 - alpha_t)
-    sigma      (B,) what the fake is told: 0, or -log alpha of t_tilde = 1 (train.idlm_step)
+    sigma      (B,) what the fake is told: 0, or -log alpha of t_tilde (train.idlm_step)
     """
     K, was_masked = mask_id, eps[0] == mask_id
     with torch.no_grad():                                  # the generator gets no gradient here

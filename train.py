@@ -317,11 +317,12 @@ def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     soft, L = s.process == "duo" and s.uniform_update == "soft", x_0.shape[1]
     eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft)
     if s.process == "mdlm":
-        # With a latent many texts start from next to nothing and look like nothing else: the fake's
-        # sigma input, otherwise unused (0), tells it which. The level of the others makes no
-        # difference beyond that between seeds (results/README.md, "One pass").
+        # The fake's sigma input, otherwise unused (0), tells it t_tilde, with words t_tilde = 1
+        # alone: telling it the level of the others, too, makes no difference beyond that between
+        # seeds there (results/README.md, "One pass").
         blank = (t_tilde == 1) & (s.latent != "state")
-        told = torch.where(blank, -process.alpha(t_tilde)[0].log(), process.sigma(t))
+        level, knows = -process.alpha(t_tilde)[0].log(), blank | (s.latent == "gaussian")
+        told = torch.where(knows, level, process.sigma(t))
         noise = process.draw_mask(t, L, rng), process.weight(t), told
         if which == "fake":
             return idlm_loss.masked_fake_loss(net, fake, eps, *noise, process.mask_id, rng)

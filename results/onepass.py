@@ -65,7 +65,8 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
             full_t_min=0.0, law="as it is", ema=0.99)
-# The program since; BASE has what the first runs had. law=fitted: for one pass at temperature 0.85
+# The program since; BASE has what the first runs had, and told=sigma what it has of gaussian.
+# law=fitted: for one pass at temperature 0.85
 NOW = {"told": "blank", "law": "cold", "ema": 0.998}
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
@@ -366,6 +367,8 @@ def runs_of(sizes, args):
         for change in (change for task in args.tasks for change in TASKS[task]):
             run = base | {"data": args.name, "length": length} | change
             run |= {k: min(run[k], sizes.get(k, run[k])) for k in ("updates", "batch")}
+            if run["latent"] == "gaussian" and run["told"] == "blank":   # there the program tells all
+                run["told"] = "sigma"
             if not (args.records / (name_of(run) + ".json")).exists():
                 chosen.setdefault(name_of(run), run)
     return [*chosen.values()]

@@ -424,7 +424,7 @@ def test_duo_curriculum(monkeypatch):
     ("duo", "soft", "soft")])
 def test_idlm_step(process, update, loss, teachers, monkeypatch):
     """The generator reads texts at t_tilde; the second noise, its weight and sigma belong to t. The
-    masked fake is told 0, or of texts that begin with a latent the level of t_tilde = 1; its teacher
+    masked fake is told 0, or the level of t_tilde, of words that of t_tilde = 1 alone; its teacher
     always 0."""
     levels, calls, times = [], [], []
     latent, step = train.draw_latent, train.idlm_step
@@ -457,7 +457,8 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
         if loss == "masked":
             assert torch.allclose(noise[1], (1 - EPS) / (1 - alpha))
             z = "gaussian" in process or "words" in process
-            told = -(1 - (1 - EPS) * t_tilde).log() * (t_tilde == 1) if z else 0 * t
+            told = -(1 - (1 - EPS) * t_tilde).log()
+            told = told * ((t_tilde == 1) if "words" in process else bool(z))
             assert torch.allclose(noise[2], told)
             assert "fake" in name or not noise[3].any()
             if "fake" in name:
