@@ -458,7 +458,7 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
             assert torch.allclose(noise[1], (1 - EPS) / (1 - alpha))
             z = "gaussian" in process or "words" in process
             told = -(1 - (1 - EPS) * t_tilde).log()
-            told = told * ((t_tilde == 1) if "words" in process else bool(z))
+            told = told * ((t_tilde == 1) if "words" in process else z)
             assert torch.allclose(noise[2], told)
             assert "fake" in name or not noise[3].any()
             if "fake" in name:
