@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from data import BadInput
-from model import DiT, ModelConfig
+from model import FITTED, DiT, ModelConfig
 from teacher import Masked, Uniform
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")      # of files of weights
@@ -118,6 +118,8 @@ def load_network(name_or_path, device="cpu", process=None):
             stated = json.loads(beside.read_text()) if beside.exists() else {}
             weights, meta = read_published(found, stated, name, process)
         net = DiT(ModelConfig(**meta["config"]))
+        if (law := weights.get("frequencies")) is not None and law.dim() == 1:
+            weights = weights | {"frequencies": law.expand(len(FITTED), -1)}    # before passes had their own
         net.load_state_dict(weights)        # strict: names what is missing, misshapen or too much
     except Exception as error:
         raise BadInput(f"{name} does not fit the sizes in its config.json, or else those of its "

@@ -50,10 +50,10 @@ def turns(B, L, n, rng):                                   # -> (B, L) in 0 ... 
     return turn[(torch.arange(L) + torch.randint(n, (B, 1), generator=rng)) % n]
 
 
-def draw_words(net, here, mask_id, rng):                   # (B, L) bool -> (B, L), elsewhere [MASK]
+def draw_words(net, here, mask_id, rng, passes=1):         # (B, L) bool -> (B, L), elsewhere [MASK]
     """Words about as frequent as in training text (train.fit_words): what a step of the sampler
-    draws where there is nothing to go by, at no pass."""
-    words = torch.multinomial(net.word_frequencies, here.numel(), True, generator=rng)
+    draws where there is nothing to go by, at no pass. passes: that the text will take."""
+    words = torch.multinomial(net.word_frequencies(passes), here.numel(), True, generator=rng)
     return torch.where(here, words.view(here.shape), mask_id)
 
 
@@ -69,7 +69,7 @@ def added_latent(net, x, mask_id, rng):
     return z * blank[:, None, None]
 
 
-def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
+def draw_latent(net, process, x_0, t_tilde, rng, soft=False, begun=None):
     """eps for the texts x_0 (B, L) at levels t_tilde (B,).
 
     soft (uniform process): the network reads the Gaussian state of x_0 at t_tilde, as published.
@@ -84,6 +84,8 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
     start, n = process.prior(*x.shape, rng), net.config.latent_words
     if n:
         start = draw_words(net, turns(*x.shape, n, rng) == 0, process.mask_id, rng)
+    if begun is not None:
+        start = torch.where(begun >= 0, begun, start)
     x = torch.where((t_tilde == 1)[:, None], start, x)
     return Latent(x, process.sigma(t_tilde), added_latent(net, x, process.mask_id, rng))
 
@@ -195,7 +197,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=None, top
         turn, first = turns(num_texts, length, n, rng), int(words > 0)
         if words:                                          # the first turn, at no pass
             near = F.max_pool1d((~free).float()[:, None], 2 * n - 1, 1, n - 1)[:, 0] > 0
-            x = torch.where(near, x, draw_words(net, turn == 0, process.mask_id, rng))
+            x = torch.where(near, x, draw_words(net, turn == 0, process.mask_id, rng, steps))
             free = x == process.mask_id                    # none within n of a prompt's
         when = 1 - (turn - first + 0.5) / (n - first) if schedule == "even" else \
             torch.rand(free.shape, generator=rng, dtype=torch.float64)

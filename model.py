@@ -26,6 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
+FITTED = 1, 2, 4, 8, 16         # passes: the words that texts begin with have a law for each
+
+
 @dataclass
 class ModelConfig:
     """All that is needed to rebuild a network; saved as a dict inside every checkpoint."""
@@ -204,7 +207,7 @@ class DiT(nn.Module):
             self.latent_proj = nn.Linear(config.latent_dim, config.width, bias=False)
             self.init_latent()
         if config.latent_words:              # even until train.py knows the frequencies of a text
-            self.register_buffer("frequencies", torch.ones(config.vocab_size - 1))
+            self.register_buffer("frequencies", torch.ones(len(FITTED), config.vocab_size - 1))
 
     def init_latent(self):
         """A random map at the scale of the embeddings, never 0: a latent that does not move the
@@ -217,14 +220,14 @@ class DiT(nn.Module):
     def device(self):
         return self.vocab_embed.embedding.device
 
-    @property
-    def word_frequencies(self):              # on the CPU, where texts are drawn
+    def word_frequencies(self, passes):      # -> (K,), on the CPU, where texts are drawn
         if self.on_cpu is None:
             self.on_cpu = self.frequencies.cpu()
-        return self.on_cpu
+        return self.on_cpu[sum(n <= passes for n in FITTED) - 1]
 
-    def set_frequencies(self, counts):       # (K,)
-        self.frequencies.copy_(counts / counts.sum())
+    def set_frequencies(self, counts, passes=FITTED):      # (K,)
+        law = (counts / counts.sum()).to(self.frequencies)
+        self.frequencies[[FITTED.index(n) for n in passes]] = law
         self.on_cpu = None
 
     def hidden(self, x, sigma, z=None):

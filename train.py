@@ -39,7 +39,7 @@ import checkpoint
 import idlm_loss
 from data import BadInput, TextData
 from generator import draw_latent, sample
-from model import DiT, ModelConfig
+from model import FITTED, DiT, ModelConfig
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
 # A flag goes before the preset's entry for process and stage, that before the stage's, and that
@@ -79,6 +79,8 @@ DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its s
 FULL_NOISE = {"gaussian": 0.25, "words": 0.1}    # share of texts at t_tilde = 1: one pass wants
                                      # more of them, 8 and 16 passes fewer. And their smallest
 FULL_NOISE_T_MIN = 0.3               # t: the gap is large, 1 / t lets small t rule
+BEGUN = {"words": 0.2}               # share of texts that the generator itself has begun; see there
+BEGUN_STEPS, BEGUN_EVERY, BEGUN_T_MIN, BEGUN_TOLD = (2, 4, 8, 16), 8, 0.3, 1
 STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
@@ -297,7 +299,7 @@ class Trainee:
 
 # ---- the losses of a stage ----------------------------------------------------------------------
 
-def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng):
+def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng, begun=None):
     """teacher, dcd and judge: one network, one loss."""
     if s.stage == "judge":
         h = net.hidden(x_0[:, :-1], torch.zeros(len(x_0))).flatten(0, 1)
@@ -312,15 +314,33 @@ def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng):
     return duo_loss(net, process, x_0, rng, soft=step < s.updates // 2, t=t)
 
 
-def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
+def begun_texts(s, process, net, B, rng):
+    """(B, L) texts as a sampler of 2 to 16 steps has them on its way, each after a random one."""
+    passes = BEGUN_STEPS[torch.randint(len(BEGUN_STEPS), (), generator=rng)]
+    step, x, next_graph = torch.randint(passes - 1, (B,), generator=rng), [], \
+        torch.compiler.cudagraph_mark_step_begin
+
+    def keep(i, x_t):
+        x.append(x_t.cpu())
+        next_graph()
+
+    next_graph()
+    with s.autocast:
+        sample(net, process, B, s.block_size, passes, rng, callback=keep)
+    return torch.stack(x)[step, torch.arange(B)]
+
+
+def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng, begun=None):
     """The loss of `which`, "fake" or "generator": draw eps, draw the second noise, compare."""
     soft, L = s.process == "duo" and s.uniform_update == "soft", x_0.shape[1]
-    eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft)
+    eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft, begun=begun)
+    if begun is not None and not BEGUN_TOLD:
+        t_tilde = torch.where(begun[:, 0] >= 0, 0.5, t_tilde)
     if s.process == "mdlm":
         # The fake's sigma input, otherwise unused (0), tells it t_tilde, with words t_tilde = 1
         # alone: telling it the level of the others, too, makes no difference beyond that between
         # seeds there (results/README.md, "One pass").
-        blank = (t_tilde == 1) & (s.latent != "state")
+        blank = (t_tilde == 1) & (s.latent != "state" or bool(BEGUN.get("state")))
         level, knows = -process.alpha(t_tilde)[0].log(), blank | (s.latent == "gaussian")
         told = torch.where(knows, level, process.sigma(t))
         noise = process.draw_mask(t, L, rng), process.weight(t), told
@@ -378,23 +398,34 @@ class Steering(torch.nn.Module):
 
 
 @torch.no_grad()
-def fit_words(net, process, x_0, rng, rounds=7):
-    """Words that texts begin with: by frequency to the power at which FIT_TEXTS texts of one pass
-    have the unigram entropy of the training texts x_0 (N, L), or a little above.
+def fit_words(net, process, x_0, rng, passes=1, rounds=5):
+    """Words that texts begin with: by frequency to the power at which texts of so many passes have
+    the unigram entropy of the training texts x_0 (N, L), or a little above.
 
     At one entropy, varied words and a cold network (generator.own_temperature) beat words as they
-    are and a warm one: what the network draws, it draws independently. The power is halved in on
-    between 0.5 and 1.5.
+    are and a warm one: what the network draws, it draws independently. The power is sought
+    between 0.5 and 1.5 by straight lines through the last two on either side.
     """
-    law, low, high = net.frequencies.clone(), 0.5, 1.5
-    wanted, state = mean_entropy(x_0) + STEER_ABOVE, rng.get_state()
-    for _ in range(rounds):
-        power = (low + high) / 2
-        net.set_frequencies(law ** power)
+    law, wanted = net.word_frequencies(passes).clone(), mean_entropy(x_0) + STEER_ABOVE
+    texts, state = FIT_TEXTS // min(passes, 4), rng.get_state()
+
+    def above(power):                                      # falls as the power rises
+        net.set_frequencies(law ** power, [passes])
         rng.set_state(state)
-        y = [sample(net, process, len(part), x_0.shape[1], 1, rng).tokens
-             for part in x_0[:FIT_TEXTS].split(64)]
-        low, high = (power, high) if mean_entropy(torch.cat(y)) > wanted else (low, power)
+        y = [sample(net, process, len(part), x_0.shape[1], passes, rng).tokens
+             for part in x_0[:texts].split(256)]
+        return mean_entropy(torch.cat(y)) - wanted
+
+    ends = {power: above(power) for power in (0.5, 1.5)}
+    for _ in range(rounds - 2):
+        (low, over), (high, under) = ends.items()
+        if over <= 0 or under >= 0:                        # out of reach: the nearer end
+            break
+        power = low + (high - low) * over / (over - under)
+        left = above(power)
+        ends = {power: left, high: under} if left > 0 else {low: over, power: left}
+    power = min(ends, key=lambda power: abs(ends[power]))
+    net.set_frequencies(law ** power, [passes])
     return power
 
 
@@ -494,7 +525,7 @@ def run_stage(args, stage, data):
 
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
-        x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
+        x_0, begun = data.batch("train", s.batch_size, rng, slice(m, None, M)), None
         t, t_tilde = (stratified_times(s.batch_size, rng) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
@@ -503,12 +534,21 @@ def run_stage(args, stage, data):
         if stage == "idlm" and s.latent != "state":
             full = torch.rand(s.batch_size, generator=rng) < FULL_NOISE[s.latent]
             t_tilde[full], t[full] = 1.0, FULL_NOISE_T_MIN + (1 - FULL_NOISE_T_MIN) * t[full]
+        if stage == "idlm" and s.latent in BEGUN:
+            own = torch.rand(s.batch_size, generator=rng) < BEGUN[s.latent]
+            own &= (t_tilde < 1)
+            t_tilde[own], t[own] = 1.0, BEGUN_T_MIN + (1 - BEGUN_T_MIN) * t[own]
+            if m not in pool or pool[m][0] < step - step % BEGUN_EVERY:
+                rng_m = torch.Generator().manual_seed(key_of(s, step, 14, m))
+                pool[m] = step, begun_texts(s, process, net, len(x_0), rng_m)
+            begun = torch.where(own[m::M, None], pool[m][1][torch.randperm(len(x_0), generator=rng)], -1)
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
-        return x_0, t[m::M], t_tilde[m::M], rng
+        return x_0, t[m::M], t_tilde[m::M], rng, begun
 
     # Losses stay on the device until a line is due: the host does not wait for them in between.
     one, few = s.grid or s.latent != "state", s.grid != 1   # are there texts of t_tilde = 1, of less?
     steers = [i for i, there in enumerate((one, few)) if steering and there]
+    pool = {}
     rows, clock, tick = [], time.time(), max(1, min(50, s.updates // 20))
     for step in range(start, s.updates):
         net.train()
@@ -521,7 +561,7 @@ def run_stage(args, stage, data):
                     "fake", s, process, *nets, *batch(step, part, m, M)))
             for which in steers:
                 if step % STEER[which][0] == 0:
-                    x_0, *_, rng = batch(step, 15, 0, s.batch_size // s.micro_batch)
+                    x_0, _, _, rng, _ = batch(step, 15, 0, s.batch_size // s.micro_batch)
                     steering.update(which, s, process, net, x_0, rng)
             # ======== ALGORITHM, outer problem: the generator descends the gap ========
             fake.eval().requires_grad_(False)
@@ -545,8 +585,10 @@ def run_stage(args, stage, data):
                 rng = torch.Generator().manual_seed(key_of(s, step, 15))
                 x_0 = data.batch("train", 8 * FIT_TEXTS, rng)
                 with s.autocast:
-                    power = fit_words(main.ema, process, x_0, rng)
-                print(f"  texts begin with words by frequency to the power {power:.2f}", flush=True)
+                    powers = [fit_words(main.ema, process, x_0, rng, n) for n in FITTED]
+                print("  texts begin with words by frequency to the power "
+                      + ", ".join(f"{power:.2f} ({n} passes)" for power, n in zip(powers, FITTED)),
+                      flush=True)
             parts = kept if step < s.updates else {"ema": main.ema}    # finished: no optimiser
             checkpoint.save(path, meta | checkpoint.provenance(s.seed, s.device) | {"step": step} |
                             {name: part.state_dict() for name, part in parts.items()})

@@ -64,10 +64,11 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
-            full_t_min=0.0, law="as it is", ema=0.99)
+            full_t_min=0.0, law="as it is", ema=0.99, begun=0.0, begun_told=1, begun_t_min=0.3,
+            begun_steps="2-4-8-16", begun_every=8)
 # The program since; BASE has what the first runs had, and told=sigma what it has of gaussian.
-# law=fitted: for one pass at temperature 0.85
-NOW = {"told": "blank", "law": "cold", "ema": 0.998}
+# law=fitted: for one pass at temperature 0.85; cold: at 0.5; passes: for each number of passes
+NOW = {"told": "blank", "law": "passes", "ema": 0.998}
 FREE = {"latent": "state", "t_min": EPS}
 TEACHER, DUO = FREE | {"updates": 0}, FREE | {"process": "duo"}
 TASKS = {                                # most important first; a run without "seed" has seed 1
@@ -179,6 +180,10 @@ def patch(run, start=None):
     train.CLIP, train.FULL_NOISE = run["clip"], {run["latent"]: run["share"]}
     train.PRESETS["gpu"]["mdlm idlm"]["ema"] = run["ema"]
     train.FULL_NOISE_T_MIN = run["full_t_min"]
+    train.BEGUN = {run["latent"]: run["begun"]} if run["begun"] else {}
+    train.BEGUN_TOLD, train.BEGUN_T_MIN = run["begun_told"], run["begun_t_min"]
+    train.BEGUN_STEPS = [int(n) for n in run["begun_steps"].split("-")]
+    train.BEGUN_EVERY = run["begun_every"]
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
@@ -226,6 +231,7 @@ def variant_of(run):
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
     skip += ["every", "law"] * (run["latent"] == "gaussian" or run["process"] == "duo")
     skip += ["ema"] * (run["process"] == "duo")
+    skip += [k for k in BASE if k.startswith("begun_")] * (not run["begun"])
     skip += ["t_min"] * (run["latent"] == "state" and run["t_min"] == EPS)
     found = {k: run[k] for k, v in BASE.items() if k not in skip and run[k] != v}
     if "beta" in found:
@@ -302,7 +308,7 @@ def work(run, sizes, args, data, gpu):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with redirect_stdout(open(out / "log.txt", "w", buffering=1)):
-        trained = train_run(run, out, args, data) if run["updates"] else {}
+        trained, began = train_run(run, out, args, data) if run["updates"] else {}, time.time()
         teacher, judge, *_ = needs_of(run)
         path = out / "idlm.pt" if trained else teacher
         net, meta = checkpoint.load_network(path, device, run["process"])
@@ -343,6 +349,7 @@ def work(run, sizes, args, data, gpu):
                 if not record["real"]:
                     record |= {"variant": variant_of(run), "drawn": drawn} | trained
             found += records[bool(found):]
+    print(f"evaluated in {time.time() - began:.0f} s")
     provenance = checkpoint.provenance(run["seed"], device)
     provenance["commit"] = args.commit or provenance["commit"]
     evaluate.write_json(args.records / (name_of(run) + ".json"), [
@@ -359,7 +366,7 @@ def runs_of(sizes, args):
             raise BadInput(f"--set {key}: no such setting, choose from {' '.join(base)}")
         base[key] = type(base[key])(value)
     for key, there, commit in (("told", ("none", "blank"), "689c284"),
-                               ("law", ("as it is", "cold"), "d94ac43")):
+                               ("law", ("as it is", "passes"), "81552f9")):
         if base[key] not in there:
             raise BadInput(f"--set {key}={base[key]}: choose from {', '.join(there)}; commit "
                            f"{commit} has the rest")
@@ -411,7 +418,7 @@ def remember(args, data):
 
 
 def go(args):
-    began, sizes = time.time(), TINY if args.tiny else FULL
+    began, sizes = time.time(), TINY if args.tiny else FULL | {"texts": args.texts}
     if not (runs := runs_of(sizes, args)):
         return print(f"nothing to run: all of it is in {args.records}")
     source = {length: TextData(args.data, args.tokenizer, length) for length in args.length}
@@ -583,6 +590,7 @@ def main():
     add("--gpu", nargs="+", type=int, default=[0])
     add("--seconds", type=float, default=math.inf, help="start no run that would end later")
     add("--device", default="cuda")
+    add("--texts", type=int, default=FULL["texts"], help="to write and to hold out")
     add("--commit", help="where git is missing")
     add("--pick", nargs="+", default=PICK, metavar="[LABEL: ]VARIANT",
         help="what README and the plot show; runs of one LABEL, text and length are its seeds")

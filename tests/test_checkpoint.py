@@ -475,7 +475,7 @@ def test_export_and_import_are_the_identity(tmp_path, process, words, latent_dim
     if latent_dim:
         wanted["backbone.latent_proj.weight"] = (16, latent_dim)
     if latent_words:
-        wanted["backbone.frequencies"] = (words - 1,)
+        wanted["backbone.frequencies"] = (5, words - 1)
     stored = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert {key: tuple(w.shape) for key, w in stored.items()} == wanted
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -24,6 +24,7 @@ import idlm_loss
 import sample
 import train
 from data import BadInput, TextData
+from model import DiT, ModelConfig
 from teacher import EPS
 from test_checkpoint import synthetic, write
 
@@ -168,8 +169,8 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys, monkeypatch):
     assert net.config.latent_words == begins * (6 if args.latent else 8)
     if begins:                               # as often as in training text, to some power
         x = torch.tensor(TextData(meta["data"], "char", 16).train[:]).long()
-        law = torch.bincount(x).double() ** fitted[-1]
-        assert len(fitted) == 1 and torch.allclose(net.frequencies.double(), law / law.sum())
+        law = torch.bincount(x).double() ** torch.tensor(fitted)[:, None]
+        assert torch.allclose(net.frequencies.double(), law / law.sum(1, keepdim=True))
     assert all(p.isfinite().all() for p in net.parameters())
     if args.stage in ("dcd", "idlm"):        # it goes some way from where it starts
         assert (meta["teacher"], meta["start"]) == (str(teacher), str(start))
@@ -860,52 +861,57 @@ def test_steering(flags, steps, teachers, monkeypatch):
             assert any((beta == torch.tensor(betas[i])).any() for i, beta in enumerate(given))
 
 
+@pytest.mark.parametrize("passes, texts", [(1, 600), (2, 300), (8, 150)])
 @pytest.mark.parametrize("kind, power, within", [
     (0.7, 0.7, 0.06), (1.3, 1.3, 0.12), ("one word", 0.5, 0.01), ("all words", 1.5, 0.01)])
-def test_words_fit_the_entropy_of_text(kind, power, within, monkeypatch):
+def test_words_fit_the_entropy_of_text(kind, power, within, passes, texts, monkeypatch):
     """Texts of words alone, by frequency: the power is that of the text's own; else an end. Each
-    round draws anew from the same seed, at the sampler's own temperature."""
-    class Net:
-        def set_frequencies(self, law):
-            self.frequencies = law / law.sum()
-
-    net, rng, seen = Net(), torch.Generator().manual_seed(1), []
+    round draws anew from the same seed, at the sampler's own temperature. The laws of other numbers
+    of passes stay as they are."""
+    net, rng, seen = DiT(ModelConfig(31, 1, 2, 8, latent_words=3)), \
+        torch.Generator().manual_seed(1), []
     net.set_frequencies(1 / torch.arange(1, 31).double())
-    law = net.frequencies
+    law = net.frequencies[0].clone()
 
-    def write(net, process, B, L, passes, rng):
-        seen.append((B, L, passes, rng.get_state().sum().item()))
-        words = torch.multinomial(net.frequencies, B * L, True, generator=rng).view(B, L)
-        other = {"one word": 0 * words, "all words": torch.arange(B * L).view(B, L) % 30}
-        return types.SimpleNamespace(tokens=other.get(kind, words))
+    def write(net, process, B, L, steps, rng):
+        seen.append((B, L, steps, rng.get_state().sum().item()))
+        words = torch.multinomial(net.word_frequencies(passes), B * L, True, generator=rng)
+        other = {"one word": 0 * words, "all words": torch.arange(B * L) % 30}
+        return types.SimpleNamespace(tokens=other.get(kind, words).view(B, L))
 
     monkeypatch.setattr(train, "sample", write)
-    monkeypatch.setattr(train, "FIT_TEXTS", 300)
-    x_0 = torch.multinomial(law ** (kind if type(kind) is float else 1), 400 * 64, True,
-                            generator=torch.Generator().manual_seed(2)).view(400, 64)
-    found = train.fit_words(net, None, x_0, rng)
-    assert abs(found - power) < within and len(seen) == 7 * 5 and seen[:5] * 7 == seen
-    assert len({*seen[:5]}) == 5 and [row[:3] for row in seen[:5]] == [(64, 64, 1)] * 4 + [(44, 64, 1)]
-    assert torch.allclose(net.frequencies, law ** found / (law ** found).sum())
+    monkeypatch.setattr(train, "FIT_TEXTS", 600)
+    x_0 = torch.multinomial(law ** (kind if type(kind) is float else 1), 800 * 64, True,
+                            generator=torch.Generator().manual_seed(2)).view(800, 64)
+    found = train.fit_words(net, None, x_0, rng, passes)
+    per_round = {1: 3, 2: 2, 8: 1}[passes]
+    assert abs(found - power) < within * (600 / texts) ** 0.5
+    assert sum(row[0] for row in seen[:per_round]) == texts
+    assert seen == seen[:per_round] * (5 if type(kind) is float else 2)
+    assert all(row[1:3] == (64, passes) for row in seen)
+    for n in (1, 2, 4, 8, 16):
+        wanted = law ** (found if n == passes else 1)
+        assert torch.allclose(net.word_frequencies(n), wanted / wanted.sum())
 
 
 def test_words_are_set_at_the_end(teachers, monkeypatch):
     """From training text alone, in the averaged weights that are saved."""
     seen, inner = [], train.fit_words
 
-    def spy(net, process, x_0, rng):
-        seen.append((x_0, net.frequencies.clone()))
-        return inner(net, process, x_0, rng)
+    def spy(net, process, x_0, rng, passes):
+        seen.append((x_0, net.frequencies.clone(), passes))
+        return inner(net, process, x_0, rng, passes)
 
     monkeypatch.setattr(train, "fit_words", spy)
     run("--stage idlm --updates 4 --out out/new --latent words:3 "
         "--init_from out/mdlm/teacher.pt")
-    (x_0, before), = seen
+    assert [row[2] for row in seen] == [1, 2, 4, 8, 16]
+    x_0, before, _ = seen[0]
     data = TextData("text.txt", "char", 16)
     text = "".join(map(chr, data.train[:]))
     assert len(x_0) == 8 * 32 and all("".join(map(chr, row)) in text for row in x_0.tolist())
     after = load("new/idlm")["ema"]["frequencies"]
-    assert after.sum() == pytest.approx(1) and not torch.equal(after, before)
+    assert torch.allclose(after.sum(1), torch.ones(5)) and (after != before).any(1).all()
 
 
 def test_flag_before_stage_before_preset():
