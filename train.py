@@ -419,7 +419,8 @@ def fit_words(net, process, x_0, rng, passes=1, rounds=5):
     ends = {power: above(power) for power in (0.5, 1.5)}
     for _ in range(rounds - 2):
         (low, over), (high, under) = ends.items()
-        if over <= 0 or under >= 0:                        # out of reach: the nearer end
+        if over <= 0 or under >= 0:                        # out of reach: that end
+            ends.pop(high if over <= 0 else low)
             break
         power = low + (high - low) * over / (over - under)
         left = above(power)
