@@ -65,6 +65,7 @@ TABLES = {
     "laptop_words": "latent steps gen_ppl_matched gen_ppl entropy known_words distinct4",
     "onepass_cold": "variant temperature fitted_power steps gen_ppl_matched gen_ppl entropy known_words "
         "distinct4 gm",
+    "words_fitted": "variant steps temperature fitted_power gen_ppl entropy known_words distinct4 gm",
     "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4 gm",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
     "onepass": "data block_size variant schedule steps gen_ppl_matched gen_ppl entropy known_words "

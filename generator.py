@@ -69,7 +69,7 @@ def added_latent(net, x, mask_id, rng):
     return z * blank[:, None, None]
 
 
-def draw_latent(net, process, x_0, t_tilde, rng, soft=False, begun=None):
+def draw_latent(net, process, x_0, t_tilde, rng, soft=False):
     """eps for the texts x_0 (B, L) at levels t_tilde (B,).
 
     soft (uniform process): the network reads the Gaussian state of x_0 at t_tilde, as published.
@@ -84,8 +84,6 @@ def draw_latent(net, process, x_0, t_tilde, rng, soft=False, begun=None):
     start, n = process.prior(*x.shape, rng), net.config.latent_words
     if n:
         start = draw_words(net, turns(*x.shape, n, rng) == 0, process.mask_id, rng)
-    if begun is not None:
-        start = torch.where(begun >= 0, begun, start)
     x = torch.where((t_tilde == 1)[:, None], start, x)
     return Latent(x, process.sigma(t_tilde), added_latent(net, x, process.mask_id, rng))
 

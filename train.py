@@ -79,8 +79,6 @@ DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its s
 FULL_NOISE = {"gaussian": 0.25, "words": 0.1}    # share of texts at t_tilde = 1: one pass wants
                                      # more of them, 8 and 16 passes fewer. And their smallest
 FULL_NOISE_T_MIN = 0.3               # t: the gap is large, 1 / t lets small t rule
-BEGUN = {"words": 0.2}               # share of texts that the generator itself has begun; see there
-BEGUN_STEPS, BEGUN_EVERY, BEGUN_T_MIN, BEGUN_TOLD = (2, 4, 8, 16), 8, 0.3, 1
 STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
@@ -299,7 +297,7 @@ class Trainee:
 
 # ---- the losses of a stage ----------------------------------------------------------------------
 
-def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng, begun=None):
+def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng):
     """teacher, dcd and judge: one network, one loss."""
     if s.stage == "judge":
         h = net.hidden(x_0[:, :-1], torch.zeros(len(x_0))).flatten(0, 1)
@@ -314,33 +312,15 @@ def plain_loss(s, step, process, net, teacher, x_0, t, t_tilde, rng, begun=None)
     return duo_loss(net, process, x_0, rng, soft=step < s.updates // 2, t=t)
 
 
-def begun_texts(s, process, net, B, rng):
-    """(B, L) texts as a sampler of 2 to 16 steps has them on its way, each after a random one."""
-    passes = BEGUN_STEPS[torch.randint(len(BEGUN_STEPS), (), generator=rng)]
-    step, x, next_graph = torch.randint(passes - 1, (B,), generator=rng), [], \
-        torch.compiler.cudagraph_mark_step_begin
-
-    def keep(i, x_t):
-        x.append(x_t.cpu())
-        next_graph()
-
-    next_graph()
-    with s.autocast:
-        sample(net, process, B, s.block_size, passes, rng, callback=keep)
-    return torch.stack(x)[step, torch.arange(B)]
-
-
-def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng, begun=None):
+def idlm_step(which, s, process, net, fake, teacher, x_0, t, t_tilde, rng):
     """The loss of `which`, "fake" or "generator": draw eps, draw the second noise, compare."""
     soft, L = s.process == "duo" and s.uniform_update == "soft", x_0.shape[1]
-    eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft, begun=begun)
-    if begun is not None and not BEGUN_TOLD:
-        t_tilde = torch.where(begun[:, 0] >= 0, 0.5, t_tilde)
+    eps = draw_latent(net, process, x_0, t_tilde, rng, soft=soft)
     if s.process == "mdlm":
         # The fake's sigma input, otherwise unused (0), tells it t_tilde, with words t_tilde = 1
         # alone: telling it the level of the others, too, makes no difference beyond that between
         # seeds there (results/README.md, "One pass").
-        blank = (t_tilde == 1) & (s.latent != "state" or bool(BEGUN.get("state")))
+        blank = (t_tilde == 1) & (s.latent != "state")
         level, knows = -process.alpha(t_tilde)[0].log(), blank | (s.latent == "gaussian")
         told = torch.where(knows, level, process.sigma(t))
         noise = process.draw_mask(t, L, rng), process.weight(t), told
@@ -526,7 +506,7 @@ def run_stage(args, stage, data):
 
     def batch(step, part, m, M):         # the m-th of M interleaved parts of the global batch
         rng = torch.Generator().manual_seed(key_of(s, step, part))
-        x_0, begun = data.batch("train", s.batch_size, rng, slice(m, None, M)), None
+        x_0 = data.batch("train", s.batch_size, rng, slice(m, None, M))
         t, t_tilde = (stratified_times(s.batch_size, rng) for _ in range(2))
         if s.pairing == "independent":
             t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
@@ -535,21 +515,12 @@ def run_stage(args, stage, data):
         if stage == "idlm" and s.latent != "state":
             full = torch.rand(s.batch_size, generator=rng) < FULL_NOISE[s.latent]
             t_tilde[full], t[full] = 1.0, FULL_NOISE_T_MIN + (1 - FULL_NOISE_T_MIN) * t[full]
-        if stage == "idlm" and s.latent in BEGUN:
-            own = torch.rand(s.batch_size, generator=rng) < BEGUN[s.latent]
-            own &= (t_tilde < 1)
-            t_tilde[own], t[own] = 1.0, BEGUN_T_MIN + (1 - BEGUN_T_MIN) * t[own]
-            if m not in pool or pool[m][0] < step - step % BEGUN_EVERY:
-                rng_m = torch.Generator().manual_seed(key_of(s, step, 14, m))
-                pool[m] = step, begun_texts(s, process, net, len(x_0), rng_m)
-            begun = torch.where(own[m::M, None], pool[m][1][torch.randperm(len(x_0), generator=rng)], -1)
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
-        return x_0, t[m::M], t_tilde[m::M], rng, begun
+        return x_0, t[m::M], t_tilde[m::M], rng
 
     # Losses stay on the device until a line is due: the host does not wait for them in between.
     one, few = s.grid or s.latent != "state", s.grid != 1   # are there texts of t_tilde = 1, of less?
     steers = [i for i, there in enumerate((one, few)) if steering and there]
-    pool = {}
     rows, clock, tick = [], time.time(), max(1, min(50, s.updates // 20))
     for step in range(start, s.updates):
         net.train()
@@ -562,7 +533,7 @@ def run_stage(args, stage, data):
                     "fake", s, process, *nets, *batch(step, part, m, M)))
             for which in steers:
                 if step % STEER[which][0] == 0:
-                    x_0, _, _, rng, _ = batch(step, 15, 0, s.batch_size // s.micro_batch)
+                    x_0, *_, rng = batch(step, 15, 0, s.batch_size // s.micro_batch)
                     steering.update(which, s, process, net, x_0, rng)
             # ======== ALGORITHM, outer problem: the generator descends the gap ========
             fake.eval().requires_grad_(False)

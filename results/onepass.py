@@ -64,8 +64,7 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
-            full_t_min=0.0, law="as it is", ema=0.99, begun=0.0, begun_told=1, begun_t_min=0.3,
-            begun_steps="2-4-8-16", begun_every=8)
+            full_t_min=0.0, law="as it is", ema=0.99)
 # The program since; BASE has what the first runs had, and told=sigma what it has of gaussian.
 # law=fitted: for one pass at temperature 0.85; cold: at 0.5; passes: for each number of passes
 NOW = {"told": "blank", "law": "passes", "ema": 0.998}
@@ -180,10 +179,6 @@ def patch(run, start=None):
     train.CLIP, train.FULL_NOISE = run["clip"], {run["latent"]: run["share"]}
     train.PRESETS["gpu"]["mdlm idlm"]["ema"] = run["ema"]
     train.FULL_NOISE_T_MIN = run["full_t_min"]
-    train.BEGUN = {run["latent"]: run["begun"]} if run["begun"] else {}
-    train.BEGUN_TOLD, train.BEGUN_T_MIN = run["begun_told"], run["begun_t_min"]
-    train.BEGUN_STEPS = [int(n) for n in run["begun_steps"].split("-")]
-    train.BEGUN_EVERY = run["begun_every"]
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
@@ -231,7 +226,6 @@ def variant_of(run):
     skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
     skip += ["every", "law"] * (run["latent"] == "gaussian" or run["process"] == "duo")
     skip += ["ema"] * (run["process"] == "duo")
-    skip += [k for k in BASE if k.startswith("begun_")] * (not run["begun"])
     skip += ["t_min"] * (run["latent"] == "state" and run["t_min"] == EPS)
     found = {k: run[k] for k, v in BASE.items() if k not in skip and run[k] != v}
     if "beta" in found:
