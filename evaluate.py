@@ -68,8 +68,8 @@ TABLES = {
     "words_fitted": "variant steps temperature fitted_power gen_ppl entropy known_words distinct4 gm",
     "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4 gm",
     "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
-    "onepass": "data block_size variant schedule steps gen_ppl_matched gen_ppl entropy known_words "
-        "copied",
+    "onepass": "data block_size variant n_texts schedule steps gen_ppl_matched gen_ppl entropy "
+        "known_words distinct4 gm copied",
     "onepass.screen": "variant sampler schedule steps gen_ppl_matched gen_ppl entropy known_words "
         "copied",
     "ship": "model schedule begins steps passes gen_ppl_matched gen_ppl entropy known_words "

@@ -42,8 +42,8 @@ from generator import draw_latent, sample
 from model import FITTED, DiT, ModelConfig
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
-# A flag goes before the preset's entry for process and stage, that before the stage's, and that
-# before the general one.
+# A flag goes before the preset's entry for process, stage and tokenizer, that before the one for
+# process and stage, that before the stage's, and that before the general one.
 PRESETS = {
     # 2 CPU cores: ten minutes for everything. Characters of Shakespeare.
     "laptop": dict(
@@ -63,7 +63,9 @@ PRESETS = {
         dcd=dict(updates=2000, lr=1e-4),
         idlm=dict(updates=3000, lr=1e-4, fake_lr=3e-4, ema=0.99, warmup=50),
         **{"mdlm idlm": dict(latent="words", updates=1500, lr=2e-4, fake_lr=1e-3, ema=0.998,
-                             dropout=0.0)}),
+                             dropout=0.0),
+           "mdlm idlm gpt2": dict(lr=1e-4, fake_lr=3e-4, fake_updates=2, batch_size=64,
+                                  micro_batch=64)}),
     # The paper's recipe: 169M parameters, batch 512, the published optimiser, whose rate stays as
     # it is after warm-up. The hub has the data set's parquet files under this name: no remote code.
     "owt": dict(
@@ -111,7 +113,7 @@ def parse_args(argv=None):
     add("--micro_batch", type=int, help="texts per pass; the rest accumulates")
     add("--lr", type=float, help="peak learning rate (idlm: the generator's)")
     add("--fake_lr", type=float, help="idlm: the fake's")
-    add("--fake_updates", type=int, default=1, help="idlm: per generator update")
+    add("--fake_updates", type=int, help="idlm: per generator update")
     add("--ema", type=float, help="decay of the averaged weights that sampling uses")
     # the method
     add("--pairing", metavar="{independent,matched}[:STEPS]",
@@ -210,7 +212,9 @@ def has_bfloat16(device):
 def settings_of(args, stage):
     preset = PRESETS[args.preset]
     found = {k: v for k, v in preset.items() if not isinstance(v, dict)} | preset[stage] \
-        | preset.get(f"{args.process} {stage}", {})
+        | preset.get(f"{args.process} {stage}", {}) \
+        | preset.get(f"{args.process} {stage} {args.tokenizer or preset['tokenizer']}", {})
+    found = {"fake_updates": 1} | found
     found |= parse_latent(found.get("latent", "state"))
     found |= {k: v for k, v in vars(args).items() if v is not None or k not in found}
     s = argparse.Namespace(**found | {"stage": stage})

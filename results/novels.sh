@@ -123,7 +123,7 @@ FEW="--metrics gen_ppl entropy distinct4 --num_texts $KNOB_TEXTS --steps 4 16"
 many="--steps 1024" middle="--steps 256" masked="--steps 256 512 1024"
 [ "${TINY:-}" ] && many="--steps 9" middle="--steps 6" masked="--steps 5 7"
 # what the preset had when these figures were made
-IDLM="--process mdlm --init_from $teacher --batch_size $BATCH --latent state --lr 3e-5 --fake_lr 3e-4 --ema 0.99 --dropout 0.1"
+IDLM="--process mdlm --init_from $teacher --batch_size $BATCH --micro_batch 128 --fake_updates 1 --latent state --lr 3e-5 --fake_lr 3e-4 --ema 0.99 --dropout 0.1"
 
 teachers() {
     job data - - 5 python results/novels.py tokens --data "$NOVELS" $NET

@@ -780,12 +780,15 @@ def test_flags_and_presets(monkeypatch):
     assert set(train.PRESETS) == {"laptop", "gpu", "owt"}
     for name, preset in train.PRESETS.items():
         entries = {key: value for key, value in preset.items() if isinstance(value, dict)}
-        assert {key.split()[-1] for key in entries} == {"teacher", "dcd", "idlm", "judge"}
+        assert {key.removesuffix(" gpt2").split()[-1] for key in entries} == {
+            "teacher", "dcd", "idlm", "judge"}
         assert set(preset) - set(entries) <= known
         for key, entry in entries.items():
-            *process, stage = key.split()        # "idlm", or "duo idlm" for one process alone
+            # "idlm", or "duo idlm" for one process alone, or of that one tokenizer's words
+            *process, stage = key.removesuffix(" gpt2").split()
             assert set(entry) <= known and set(process) <= set(train.STAGES)
             flags = ["--preset", name, *(f"--process={p}" for p in process)]
+            flags += ["--tokenizer=gpt2"] * key.endswith("gpt2")
             s = vars(train.settings_of(train.parse_args(flags), stage))
             parsed = train.parse_latent(entry["latent"]) if "latent" in entry else {}
             parsed = {k: v for k, v in parsed.items() if v is not None and k != "beta"}
@@ -921,6 +924,18 @@ def test_flag_before_stage_before_preset():
     assert batch_size("teacher") == laptop["batch_size"] != laptop["idlm"]["batch_size"]
     assert batch_size("idlm") == laptop["idlm"]["batch_size"]
     assert batch_size("idlm", "--batch_size", "7") == 7
+
+
+def test_rates_of_gpt2s_words():
+    """Preset gpu has its own for masked generators of them."""
+    def found(*flags, process="mdlm"):
+        s = train.settings_of(train.parse_args(["--preset", "gpu", "--process", process, *flags]),
+                              "idlm")
+        return s.lr, s.fake_lr, s.fake_updates, s.batch_size, s.ema
+    assert found() == (2e-4, 1e-3, 1, 128, 0.998)
+    assert found("--tokenizer", "gpt2") == (1e-4, 3e-4, 2, 64, 0.998)
+    assert found("--tokenizer", "gpt2", "--fake_lr", "1") == (1e-4, 1, 2, 64, 0.998)
+    assert found("--tokenizer", "gpt2", process="duo") == (1e-4, 3e-4, 1, 128, 0.99)
 
 
 def test_device_of_a_process(monkeypatch):
