@@ -118,8 +118,9 @@ def load_network(name_or_path, device="cpu", process=None):
             stated = json.loads(beside.read_text()) if beside.exists() else {}
             weights, meta = read_published(found, stated, name, process)
         net = DiT(ModelConfig(**meta["config"]))
-        if (law := weights.get("frequencies")) is not None and law.dim() == 1:
-            weights = weights | {"frequencies": law.expand(len(FITTED), -1)}    # before passes had their own
+        law = weights.get("frequencies")
+        if law is not None and law.dim() == 1:               # of old: one for all numbers of passes
+            weights = weights | {"frequencies": law.expand(len(FITTED), -1)}
         net.load_state_dict(weights)        # strict: names what is missing, misshapen or too much
     except Exception as error:
         raise BadInput(f"{name} does not fit the sizes in its config.json, or else those of its "

@@ -101,7 +101,10 @@ SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
 FAST, AUTO = "lr=0.0002 fake_lr=0.001", "beta=auto beta_at=full {}full_t_min=0.3"
 NOVELS = "fake_lr=0.0003 fake_updates=2 {}dropout=0.0 batch=64 updates=1500"
 LAW, WORDS = "law=passes ema=0.998", f"words share=0.1 told=blank {FAST} t_min=0.001 dropout=0.0"
-PICK = [f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 updates=5000",
+PICK = [f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 every=0 {LAW}",
+        f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 updates=1500 every=0 {LAW}",
+        f"latent-free, from [MASK]: latent-free {NOVELS.format('')} every=0 {LAW}",
+        f"latent-free, from [MASK]: latent-free {FAST} t_min=0.3 dropout=0.0 updates=5000",
         f"latent-free, from [MASK]: latent-free {SET} updates=3500",
         f"latent-free, from [MASK]: latent-free {SET} batch=64 updates=2000",
         f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 beta=auto",
@@ -318,10 +321,12 @@ def work(run, sizes, args, data, gpu):
         data.train_text = lambda: args.known
         sampler, found, texts = generator.sample, [], [data.val_blocks(2 * sizes["texts"])[::2]]
         real, n = overlap(texts[0].numpy()), COPY[args.tokenizer]
-        ways = [("fresh z", 1.0, steps)] + [
-            ("1.25 z", 1.25, (1, 4)), ("1.5 z", 1.5, (1,))] * bool(
+        ways = [("fresh z", 1.0, steps, net.config.latent_words)] + [
+            ("1.25 z", 1.25, (1, 4), 0), ("1.5 z", 1.5, (1,), 0)] * bool(
                 run.get("more") and run["latent"] == "gaussian")
-        for drawn, Network.z_scale, steps in ways:
+        if trained and run["process"] == "mdlm" and run["latent"] == "state" and run["every"]:
+            ways.append(("fresh z", 1.0, [n for n in steps if n > 1], 0))        # from [MASK], too
+        for drawn, Network.z_scale, steps, net.config.latent_words in ways:
             del texts[1:]
 
             def stash(*args, **kwargs):
@@ -342,6 +347,8 @@ def work(run, sizes, args, data, gpu):
                            "copied": float((args.grams[at] == code).mean())}
                 if not record["real"]:
                     record |= {"variant": variant_of(run), "drawn": drawn} | trained
+                    if trained and run["latent"] == "state" and not net.config.latent_words:
+                        record |= {"every": 0, "variant": variant_of(run | {"every": 0})}
             found += records[bool(found):]
     print(f"evaluated in {time.time() - began:.0f} s")
     provenance = checkpoint.provenance(run["seed"], device)

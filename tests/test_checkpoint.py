@@ -485,6 +485,16 @@ def test_export_and_import_are_the_identity(tmp_path, process, words, latent_dim
             args=[tmp_path / "out", "cpu", "mdlm" if process == "duo" else "duo"])
 
 
+def test_one_law_of_words_serves_all_passes(tmp_path):
+    """Of checkpoints from before each number of passes had its own."""
+    net, law = small_net(latent_words=3), torch.rand(V - 1)
+    state = state_of(net)
+    state["ema"]["frequencies"] = law
+    checkpoint.save(tmp_path / "old.pt", state)
+    again, _ = load_network(tmp_path / "old.pt")
+    assert all(torch.equal(again.word_frequencies(n), law) for n in (1, 2, 3, 16, 100))
+
+
 def test_export_never_overwrites(tmp_path):
     net = small_net()
     meta = {key: value for key, value in state_of(net).items() if key != "ema"}
