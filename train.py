@@ -391,7 +391,7 @@ def fit_words(net, process, x_0, rng, passes=1, rounds=5):
     between 0.5 and 1.5 by straight lines through the last two on either side.
     """
     law, wanted = net.word_frequencies(passes).clone(), mean_entropy(x_0) + STEER_ABOVE
-    texts, state = FIT_TEXTS // min(passes, 4), rng.get_state()
+    texts, state = FIT_TEXTS // min(passes, 4), rng.get_state()      # fewer of what takes longer
 
     def above(power):                                      # falls as the power rises
         net.set_frequencies(law ** power, [passes])
@@ -562,9 +562,8 @@ def run_stage(args, stage, data):
                 x_0 = data.batch("train", 8 * FIT_TEXTS, rng)
                 with s.autocast:
                     powers = [fit_words(main.ema, process, x_0, rng, n) for n in FITTED]
-                print("  texts begin with words by frequency to the power "
-                      + ", ".join(f"{power:.2f} ({n} passes)" for power, n in zip(powers, FITTED)),
-                      flush=True)
+                print(f"  texts of {', '.join(map(str, FITTED))} passes begin with words by frequency "
+                      f"to the power {', '.join(f'{power:.2f}' for power in powers)}", flush=True)
             parts = kept if step < s.updates else {"ema": main.ema}    # finished: no optimiser
             checkpoint.save(path, meta | checkpoint.provenance(s.seed, s.device) | {"step": step} |
                             {name: part.state_dict() for name, part in parts.items()})
