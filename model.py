@@ -223,7 +223,7 @@ class DiT(nn.Module):
     def word_frequencies(self, passes):      # -> (K,), on the CPU, where texts are drawn
         if self.on_cpu is None:
             self.on_cpu = self.frequencies.cpu()
-        return self.on_cpu[sum(n <= passes for n in FITTED) - 1]
+        return self.on_cpu[sum(n <= passes for n in FITTED) - 1]    # of 3: those of 2
 
     def set_frequencies(self, counts, passes=FITTED):      # (K,)
         law = (counts / counts.sum()).to(self.frequencies)

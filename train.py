@@ -211,10 +211,9 @@ def has_bfloat16(device):
 
 def settings_of(args, stage):
     preset = PRESETS[args.preset]
-    found = {k: v for k, v in preset.items() if not isinstance(v, dict)} | preset[stage] \
-        | preset.get(f"{args.process} {stage}", {}) \
+    found = {k: v for k, v in preset.items() if not isinstance(v, dict)} | {"fake_updates": 1} \
+        | preset[stage] | preset.get(f"{args.process} {stage}", {}) \
         | preset.get(f"{args.process} {stage} {args.tokenizer or preset['tokenizer']}", {})
-    found = {"fake_updates": 1} | found
     found |= parse_latent(found.get("latent", "state"))
     found |= {k: v for k, v in vars(args).items() if v is not None or k not in found}
     s = argparse.Namespace(**found | {"stage": stage})

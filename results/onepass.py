@@ -305,7 +305,7 @@ def work(run, sizes, args, data, gpu):
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     with redirect_stdout(open(out / "log.txt", "w", buffering=1)):
-        trained, began = train_run(run, out, args, data) if run["updates"] else {}, time.time()
+        trained = train_run(run, out, args, data) if run["updates"] else {}
         teacher, judge, *_ = needs_of(run)
         path = out / "idlm.pt" if trained else teacher
         net, meta = checkpoint.load_network(path, device, run["process"])
@@ -350,7 +350,6 @@ def work(run, sizes, args, data, gpu):
                     if trained and run["latent"] == "state" and not net.config.latent_words:
                         record |= {"every": 0, "variant": variant_of(run | {"every": 0})}
             found += records[bool(found):]
-    print(f"evaluated in {time.time() - began:.0f} s")
     provenance = checkpoint.provenance(run["seed"], device)
     provenance["commit"] = args.commit or provenance["commit"]
     evaluate.write_json(args.records / (name_of(run) + ".json"), [
