@@ -324,7 +324,8 @@ def work(run, sizes, args, data, gpu):
         ways = [("fresh z", 1.0, steps, net.config.latent_words)] + [
             ("1.25 z", 1.25, (1, 4), 0), ("1.5 z", 1.5, (1,), 0)] * bool(
                 run.get("more") and run["latent"] == "gaussian")
-        if trained and run["process"] == "mdlm" and run["latent"] != "gaussian" and run["every"]:
+        words = trained and run["process"] == "mdlm" and run["latent"] != "gaussian" and run["every"]
+        if words:
             ways.append(("fresh z", 1.0, [n for n in steps if n > 1], 0))        # from [MASK], too
         for drawn, Network.z_scale, steps, net.config.latent_words in ways:
             del texts[1:]
@@ -347,7 +348,7 @@ def work(run, sizes, args, data, gpu):
                            "copied": float((args.grams[at] == code).mean())}
                 if not record["real"]:
                     record |= {"variant": variant_of(run), "drawn": drawn} | trained
-                    if trained and run["latent"] != "gaussian" and not net.config.latent_words:
+                    if words and not net.config.latent_words:
                         record |= {"every": 0, "variant": variant_of(run | {"every": 0})}
             found += records[bool(found):]
     provenance = checkpoint.provenance(run["seed"], device)
