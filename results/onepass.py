@@ -64,7 +64,7 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
-            full_t_min=0.0, law="as it is", ema=0.99)
+            full_t_min=0.0, law="as it is", ema=0.99, trial="")
 # The program since; BASE has what the first runs had, and told=sigma what it has of gaussian.
 # law=fitted: for one pass at temperature 0.85; cold: at 0.5; passes: for each number of passes
 NOW = {"told": "blank", "law": "passes", "ema": 0.998}
@@ -182,6 +182,7 @@ def patch(run, start=None):
     train.CLIP, train.FULL_NOISE = run["clip"], {run["latent"]: run["share"]}
     train.PRESETS["gpu"]["mdlm idlm"]["ema"] = run["ema"]
     train.FULL_NOISE_T_MIN = run["full_t_min"]
+    train.TRIAL = run["trial"].replace("-", ",").replace(":", "=")
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
@@ -325,7 +326,7 @@ def work(run, sizes, args, data, gpu):
             ("1.25 z", 1.25, (1, 4), 0), ("1.5 z", 1.5, (1,), 0)] * bool(
                 run.get("more") and run["latent"] == "gaussian")
         words = trained and run["process"] == "mdlm" and run["latent"] != "gaussian" and run["every"]
-        if words:
+        if words and not os.environ.get("NOMASK"):
             ways.append(("fresh z", 1.0, [n for n in steps if n > 1], 0))        # from [MASK], too
         for drawn, Network.z_scale, steps, net.config.latent_words in ways:
             del texts[1:]
