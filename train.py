@@ -52,7 +52,7 @@ PRESETS = {
         teacher=dict(updates=2000, lr=3e-3), judge=dict(updates=450, lr=3e-3, batch_size=32),
         dcd=dict(updates=300, lr=3e-4, batch_size=32),
         idlm=dict(updates=750, lr=2e-4, batch_size=32, ema=0.99, warmup=20),
-        **{"mdlm idlm": dict(latent="state:5", fake_lr=3e-4),
+        **{"mdlm idlm": dict(latent="words:5", fake_lr=3e-4),
            "duo idlm": dict(updates=1100, fake_lr=3e-4)}),
     # One GPU: some minutes. The same text, a larger network.
     "gpu": dict(
@@ -78,16 +78,16 @@ PRESETS = {
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS, DCD_DELTA = 5, 1 / 512   # a round's teacher is the student at its start; then 2 x delta
-FULL_NOISE = {"gaussian": 0.25, "words": 0.1}    # share of texts at t_tilde = 1: one pass wants
-                                     # more of them, 8 and 16 passes fewer. And their smallest
-FULL_NOISE_T_MIN = 0.3               # t: the gap is large, 1 / t lets small t rule
+FULL_NOISE = {"gaussian": 0.25, "words": 0.05, "words gpt2": 0.1}    # share of texts at t_tilde = 1
+FULL_NOISE_T_MIN = 0.3               # and their smallest t: the gap is large, 1 / t lets small t rule
+VISIBLE_BETA = {"gaussian": 1.0, "words": 0.9}     # beta, where not steered, of texts with more words:
+                                     # those of t_tilde = 1 make them more varied and 8 passes worse
 STEER = (10, 1, 1.0, 0.02), (50, 8, 0.5, 0.1)    # beta "auto": every so many updates, by texts of
                                      # so many passes; proportional and integral gain. See Steering
 STEER_ABOVE = 0.01                   # a little high: a lower temperature costs less than a higher
 EVERY = {"char": 8, "gpt2": 4}       # --latent state, words: best of 3 to 12 in one pass, of 2 to 16
 WORDS_FROM, FIT_TEXTS = 2 ** 26, 1024    # frequencies: of so many words; fitted with so many texts
 CLIP = 1.0                           # gradient norm
-TRIAL = ""
 
 
 def parse_args(argv=None):
@@ -123,12 +123,12 @@ def parse_args(argv=None):
              "Default: matched; --process duo: matched:4, with characters independent (see README)")
     add("--latent",
         metavar="{state[:EVERY[:BETA]],words[:EVERY[:BETA]],gaussian[:DIM[:SCALE[:BETA]]]}",
-        help="masked: what eps is beside the noised text. state (default; preset gpu: words): nothing, but few passes\n"
-             "begin with every EVERY-th word there (preset laptop: 5, else 8, of GPT-2's words 4; 0: none), about by\n"
-             "frequency; words: a tenth of the texts train as such; gaussian: z where all is [MASK], DIM\n"
-             "numbers a position, SCALE times the embeddings' size (64, 1). The fake's bound counts BETA times,\n"
-             "against mode seeking (words, gaussian: in those texts): a number (state: 1) or auto (default of\n"
-             "the others), which holds the entropy of the texts, also of the others")
+        help="masked: what eps is beside the noised text. state (preset owt): nothing, but few passes begin with every\n"
+             "EVERY-th word there (8, of GPT-2's 4; 0: none), about by frequency; words (presets laptop, with 5, and\n"
+             "gpu): one text in twenty trains as such; gaussian: z where all is [MASK], DIM numbers a position, SCALE\n"
+             "times the embeddings' size (64, 1). The fake's bound counts BETA times, against mode seeking: a number\n"
+             "(default 1; words, gaussian: in those texts; the others have 0.9, 1) or auto (default of gaussian, and\n"
+             "of words of GPT-2's), which holds the entropy of all texts")
     add("--uniform_update", default="hard",
         metavar="{hard[:OWN],marginal[:OWN][:BETA],soft}",
         help="OWN: weighed, G weighs in the token it stands on, or ignored (as published); default:\n"
@@ -231,10 +231,12 @@ def settings_of(args, stage):
     if s.latent_words is None:
         s.latent_words = EVERY[s.tokenizer]
     s.own_token = s.own_token or ("weighed" if s.tokenizer == "gpt2" else "ignored")
-    s.beta = s.beta or ("1" if s.latent == "state" else "auto")
+    kind = f"{s.latent} {s.tokenizer}"
+    s.full_noise = FULL_NOISE.get(kind, FULL_NOISE.get(s.latent, 0.0))
+    s.beta = s.beta or ("auto" if s.latent == "gaussian" or kind == "words gpt2" else "1")
     if s.beta != "auto":                 # in texts that are noise alone; in others
         s.beta = float(s.beta)
-        s.betas = s.beta, s.beta if s.latent == "state" else 1.0
+        s.betas = s.beta, VISIBLE_BETA.get(s.latent, s.beta)
     uniform = s.process == "duo"
     soft = uniform and s.uniform_update == "soft"
     if not s.pairing:
@@ -517,37 +519,10 @@ def run_stage(args, stage, data):
         if s.grid:
             t_tilde = (t_tilde * s.grid).ceil() / s.grid
         if stage == "idlm" and s.latent != "state":
-            full = torch.rand(s.batch_size, generator=rng) < (0 if nb else FULL_NOISE[s.latent])
+            full = torch.rand(s.batch_size, generator=rng) < s.full_noise
             t_tilde[full], t[full] = 1.0, FULL_NOISE_T_MIN + (1 - FULL_NOISE_T_MIN) * t[full]
         rng = torch.Generator().manual_seed(key_of(s, step, part, m + 1))
         return x_0, t[m::M], t_tilde[m::M], rng
-
-    trial = dict(p.partition("=")[::2] for p in TRIAL.split(",") if p) if stage == "idlm" else {}
-    if "beta" in trial:
-        s.betas = s.betas[0], float(trial["beta"])
-    nb = int(trial.get("nb", 0))
-    if nb:
-        train_blank = lambda: None
-        net_b, fake_b, main_b, follower_b = net, fake, main, follower
-        if "fakes" in trial:
-            fake_b = DiT(replace(teacher.config, dropout=s.dropout)).to(s.device, s.weights)
-            fake_b.load_state_dict(teacher.state_dict())
-            fake_b.compile_trunk() if s.compile else None
-            follower_b = Trainee(fake_b, s.fake_lr * float(trial.get("fl", 1)), s, averaged=False)
-        if "apart" in trial:
-            net_b = DiT(config).to(s.device, s.weights)
-            net_b.load_state_dict(net.state_dict())
-            net_b.compile_trunk() if s.compile else None
-            main_b = Trainee(net_b, s.lr, s)
-        elif "opts" in trial:
-            main_b = Trainee(net, s.lr * float(trial.get("gl", 1)), s, averaged=False)
-
-    def batch_b(step, part, mult=1):
-        rng = torch.Generator().manual_seed(key_of(s, step, part))
-        x_0 = data.batch("train", nb * mult, rng)
-        t = stratified_times(nb * mult, rng)
-        t = FULL_NOISE_T_MIN + (1 - FULL_NOISE_T_MIN) * t
-        return x_0, t, torch.ones_like(t), rng
 
     # Losses stay on the device until a line is due: the host does not wait for them in between.
     one, few = s.grid or s.latent != "state", s.grid != 1   # are there texts of t_tilde = 1, of less?
@@ -559,49 +534,17 @@ def run_stage(args, stage, data):
             nets = net, fake, teacher
             # ======== ALGORITHM, inner problem: the fake follows the generator ========
             fake.train().requires_grad_(True)
-            w = nb / (nb + s.batch_size)
-            blank_step = lambda which, part: idlm_step(which, s, process, net_b, fake_b, teacher,
-                                                       *batch_b(step, part))
-            def both(which, part, m, M, joint):
-                own = idlm_step(which, s, process, *nets, *batch(step, part, m, M))
-                if joint:
-                    own.mul(1 - w).backward()
-                    for p_ in (fake if which == "fake" else net).parameters():
-                        p_.grad = p_.grad.clone()
-                    torch.compiler.cudagraph_mark_step_begin()
-                    if which == "generator" and "pc" in trial:
-                        ps = [p_ for p_ in net.parameters() if p_.grad is not None]
-                        gv = [p_.grad for p_ in ps]
-                        for p_ in ps:
-                            p_.grad = None
-                        blank = blank_step(which, part + 8) * w
-                        blank.backward()
-                        gb = [p_.grad.clone() for p_ in ps]
-                        vv = sum((a * a).sum() for a in gv)
-                        vb = sum((a * b).sum() for a, b in zip(gv, gb))
-                        c = (vb / vv).clamp(max=0)
-                        for p_, a, b in zip(ps, gv, gb):
-                            p_.grad = a + b - c * a
-                        return (own * (1 - w) + blank).detach().requires_grad_()
-                    return blank_step(which, part + 8) * w
-                return own
             for part in range(1, 1 + s.fake_updates):
-                fake_loss, fake_norm = follower.update(step, part, lambda m, M: both(
-                    "fake", part, m, M, nb and "fakes" not in trial))
-                if nb and "fakes" in trial:
-                    fake_b.train().requires_grad_(True)
-                    follower_b.update(step, part, lambda m, M: blank_step("fake", part + 8))
-                    fake_b.eval().requires_grad_(False)
+                fake_loss, fake_norm = follower.update(step, part, lambda m, M: idlm_step(
+                    "fake", s, process, *nets, *batch(step, part, m, M)))
             for which in steers:
                 if step % STEER[which][0] == 0:
                     x_0, *_, rng = batch(step, 15, 0, s.batch_size // s.micro_batch)
                     steering.update(which, s, process, net, x_0, rng)
             # ======== ALGORITHM, outer problem: the generator descends the gap ========
             fake.eval().requires_grad_(False)
-            joint = nb and "opts" not in trial and "apart" not in trial
-            if nb and not joint:
-                main_b.update(step, 0, lambda m, M: blank_step("generator", 8))
-            loss, norm = main.update(step, 0, lambda m, M: both("generator", 0, m, M, joint))
+            loss, norm = main.update(step, 0, lambda m, M: idlm_step(
+                "generator", s, process, *nets, *batch(step, 0, m, M)))
             rows.append({"fake": fake_loss, "fake_grad": fake_norm, "gap": loss, "grad": norm} |
                         {f"beta_{i}": s.betas[i].clone() for i in steers})
         else:
@@ -612,9 +555,6 @@ def run_stage(args, stage, data):
             rows.append({{"dcd": "kl", "judge": "nll"}.get(stage, "nelbo"): loss, "grad": norm})
         step += 1
         due = step % s.save_every == 0 or step == s.updates
-        if step == s.updates and "apart" in trial:
-            main = main_b
-            kept["ema"] = main.ema
         if due or step % tick == 0:      # stops at a non-finite loss, before anything is saved
             report(s, step, rows, time.time() - clock)
             rows, clock = [], time.time()

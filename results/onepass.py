@@ -64,7 +64,7 @@ BASE = dict(process="mdlm", latent="gaussian", where="embedding", dim=64, scale=
             beside="none", told="sigma", start="teacher", uniform_update="hard", lr=1e-4,
             fake_lr=2e-4, fake_updates=1, t_min=0.01, dropout=0.1, clip=1.0, dtype="bfloat16",
             pairing="matched", batch=128, updates=1200, beta=1.0, beta_at="all", every=4,
-            full_t_min=0.0, law="as it is", ema=0.99, trial="")
+            full_t_min=0.0, law="as it is", ema=0.99, visible_beta=1.0)
 # The program since; BASE has what the first runs had, and told=sigma what it has of gaussian.
 # law=fitted: for one pass at temperature 0.85; cold: at 0.5; passes: for each number of passes
 NOW = {"told": "blank", "law": "passes", "ema": 0.998}
@@ -100,7 +100,8 @@ SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passe
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
 FAST, AUTO = "lr=0.0002 fake_lr=0.001", "beta=auto beta_at=full {}full_t_min=0.3"
 NOVELS = "fake_lr=0.0003 fake_updates=2 {}dropout=0.0 batch=64 updates=1500"
-LAW, WORDS = "law=passes ema=0.998", f"words share=0.1 told=blank {FAST} t_min=0.001 dropout=0.0"
+LAW, EVERY = "law=passes ema=0.998", "beta_at=full every=8 full_t_min=0.3 law=passes ema=0.998"
+WORDS = f"words share={{}} told=blank {FAST} t_min=0.001 dropout=0.0"
 PICK = [f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 every=0 {LAW}",
         f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 updates=1500 every=0 {LAW}",
         f"latent-free, from [MASK]: latent-free {NOVELS.format('')} every=0 {LAW}",
@@ -111,11 +112,10 @@ PICK = [f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 every=0 {LAW}
         f"words, not trained for: latent-free {FAST} dropout=0.0 every=8 {LAW}",
         f"words, not trained for: latent-free {FAST} dropout=0.0 updates=1500 every=8 {LAW}",
         f"words, not trained for: latent-free {NOVELS.format('')} {LAW}",
-        f"words: {WORDS} {AUTO.format('every=8 ')} {LAW}",
-        f"words: {WORDS} updates=1500 {AUTO.format('every=8 ')} {LAW}",
+        f"words: {WORDS.format(0.05)} {EVERY} visible_beta=0.9",
+        f"words: {WORDS.format(0.05)} updates=1500 {EVERY} visible_beta=0.9",
         f"words: words share=0.1 told=blank {NOVELS.format('t_min=0.001 ')} {AUTO.format('')} {LAW}",
-        f"words, beta 1: {WORDS} beta_at=full every=8 full_t_min=0.3 {LAW}",
-        f"words, beta 1: {WORDS} updates=1500 beta_at=full every=8 full_t_min=0.3 {LAW}",
+        f"words, beta 1 in all: {WORDS.format(0.1)} {EVERY}",
         f"gaussian: gaussian {SET} updates=4500 {BLANK}",       # 64, then 256 characters,
         f"gaussian: gaussian {SET} updates=3500 {BLANK}",
         f"gaussian: gaussian {SET} batch=64 updates=2000",      # then GPT-2's words
@@ -181,8 +181,8 @@ def patch(run, start=None):
     """Called in the run's own process: nothing leaks into the next."""
     train.CLIP, train.FULL_NOISE = run["clip"], {run["latent"]: run["share"]}
     train.PRESETS["gpu"]["mdlm idlm"]["ema"] = run["ema"]
+    train.VISIBLE_BETA = {run["latent"]: run["visible_beta"]} if run["latent"] != "state" else {}
     train.FULL_NOISE_T_MIN = run["full_t_min"]
-    train.TRIAL = run["trial"].replace("-", ",").replace(":", "=")
     train.stratified_times = lambda B, rng: stratified_times(B, rng, run["t_min"])
     if run["latent"] == "gaussian":
         train.DiT = checkpoint.DiT = Network
@@ -227,7 +227,7 @@ def variant_of(run):
         return "teacher" if run["process"] == "mdlm" else "uniform teacher"
     skip = ["process", "latent", "uniform_update"]         # the others only where they matter
     skip += ["where", "dim", "scale", "beside", "start"] * (run["latent"] != "gaussian")
-    skip += ["share", "told", "beta_at", "full_t_min"] * (run["latent"] == "state")
+    skip += ["share", "told", "beta_at", "full_t_min", "visible_beta"] * (run["latent"] == "state")
     skip += ["every", "law"] * (run["latent"] == "gaussian" or run["process"] == "duo")
     skip += ["ema"] * (run["process"] == "duo")
     skip += ["t_min"] * (run["latent"] == "state" and run["t_min"] == EPS)
@@ -326,7 +326,7 @@ def work(run, sizes, args, data, gpu):
             ("1.25 z", 1.25, (1, 4), 0), ("1.5 z", 1.5, (1,), 0)] * bool(
                 run.get("more") and run["latent"] == "gaussian")
         words = trained and run["process"] == "mdlm" and run["latent"] != "gaussian" and run["every"]
-        if words and not os.environ.get("NOMASK"):
+        if words:
             ways.append(("fresh z", 1.0, [n for n in steps if n > 1], 0))        # from [MASK], too
         for drawn, Network.z_scale, steps, net.config.latent_words in ways:
             del texts[1:]

@@ -180,7 +180,7 @@ def test_stage_leaves_a_checkpoint(flags, teachers, capsys, monkeypatch):
     log = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
     names = {"teacher": {"nelbo"}, "judge": {"nll"}, "dcd": {"kl"},
              "idlm": {"gap", "fake", "fake_grad"}}[args.stage] | {"grad", "stage", "step", "ms"}
-    names |= {"beta_0", "beta_1"} if args.latent in ("gaussian", "words") else set()    # auto
+    names |= {"beta_0", "beta_1"} if args.latent == "gaussian" else set()    # auto
     held_out = [line for line in log if "held_out" in line]
     log = [line for line in log if line not in held_out]
     assert [line["step"] for line in log] == [1, 2, 3, 4] and all(set(x) == names for x in log)
@@ -469,8 +469,8 @@ def test_idlm_step(process, update, loss, teachers, monkeypatch):
                 assert blank.any() and not blank.all()
                 seen = (args[3].x[blank] != args[-2]).float().mean()
                 assert 0.2 < seen < 0.45 if "words" in process else seen == 0
-                assert torch.equal(how["beta"], torch.where(blank, 1.3 if "words" in process
-                                                           else 1.1, 1.0))
+                assert torch.equal(how["beta"], torch.where(blank, *(
+                    (1.3, 0.9) if "words" in process else (1.1, 1.0))))
             else:
                 assert (how["beta"] == (1.2 if "1.2" in process else 1)).all()
             masked = noise[0].float().mean(1)
@@ -812,22 +812,29 @@ def test_own_token_follows_the_tokenizer():
 
 
 def test_beta_follows_process_and_latent():
+    def settings(*flags):
+        return train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm")
+
     def betas(*flags):
-        s = train.settings_of(train.parse_args(["--preset", "laptop", *flags]), "idlm")
+        s = settings(*flags)
         return getattr(s, "betas", s.beta)
+    for latent, tokenizer, share in (("words", "char", 0.05), ("words", "gpt2", 0.1),
+                                     ("gaussian", "gpt2", 0.25), ("state", "char", 0)):
+        assert settings("--latent", latent, "--tokenizer", tokenizer).full_noise == share
     assert betas("--latent=state") == betas("--process=duo") == betas("--latent=state:6:1") == (1, 1)
-    assert betas() == (1, 1) and betas("--preset=gpu") == "auto"
+    assert betas() == betas("--preset=gpu") == betas("--latent=words") == (1, 0.9)
+    assert betas("--preset=gpu", "--tokenizer=gpt2") == "auto" and betas("--preset=owt") == (1, 1)
     assert betas("--latent=state:8:1.2") == (1.2, 1.2) and betas("--latent=state:0:auto") == "auto"
-    assert betas("--latent=gaussian:8:2") == betas("--latent=words") == "auto"
-    assert betas("--latent=gaussian:8:2:1.1") == betas("--latent=words:5:1.1") == (1.1, 1)
-    assert betas("--latent=words:2:1") == (1, 1) and betas("--latent=words:2:auto") == "auto"
+    assert betas("--latent=gaussian:8:2") == betas("--latent=words", "--tokenizer=gpt2") == "auto"
+    assert betas("--latent=gaussian:8:2:1.1") == (1.1, 1)
+    assert betas("--latent=words:5:1.1") == (1.1, 0.9) and betas("--latent=words:2:auto") == "auto"
     marginal = "--process=duo", "--uniform_update"
     assert betas(*marginal, "marginal") == (1, 1) and betas(*marginal, "marginal:1.1") == (1.1, 1.1)
     assert betas(*marginal, "marginal:weighed:auto") == betas(*marginal, "marginal:auto") == "auto"
 
 
 @pytest.mark.parametrize("flags, steps", [
-    ("--latent words", {0: 1, 1: 8}), ("--latent state:8:auto", {1: 8}), ("--latent words:5:1.1", {}),
+    ("--latent words:8:auto", {0: 1, 1: 8}), ("--latent state:8:auto", {1: 8}), ("--latent words:5:1.1", {}),
     ("--process duo --uniform_update marginal:auto --pairing matched:4", {0: 1, 1: 8}),
     ("--process duo --uniform_update marginal:auto --pairing matched:1", {0: 1}),
     ("--process duo --uniform_update marginal:auto --pairing independent", {1: 8})])
