@@ -458,7 +458,7 @@ def plot(records, folder="assets"):
     mixed = len({r.get("schedule", "linear") for r in rows if r not in real}) > 1
     for name, x, y in (("quality_vs_passes", "passes", "gen_ppl" + "_matched" * matched),
                        ("frontier", "entropy", "gen_ppl")):
-        figure, lines, colors = Figure((6.5, 4.2), dpi=180, layout="constrained"), {}, {}
+        figure, lines, colors = Figure((7.5, 5), dpi=180, layout="constrained"), {}, {}
         ax = figure.subplots()
         for r in rows:
             if r not in real and r.get(y) and (x == "entropy" or at_own_temperature(r)):
@@ -493,7 +493,7 @@ def plot(records, folder="assets"):
         ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
         ax.grid(alpha=0.25, which="both")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=6.5, loc="outside lower center", ncols=2)
         figure.savefig(Path(folder, name + ".png"))
 
 

@@ -247,8 +247,9 @@ def masked_generator_loss(generator, fake, teacher, eps, is_masked, weight, sigm
     beta > 1 counts the fake's bound, whose minimum is the entropy of p_theta, beta times. The gap
     is then KL(p_theta || p*) - (beta - 1) H(p_theta), minimal at p*^(1 / beta), normalised; the
     update, which weighs the noised laws as in D, stops near there. A generator that cannot be p*
-    seeks its modes; beta holds it apart, at the price of too many rare words. A number, or (B,):
-    one a text, which tunes the laws of those texts apart if the fake is told which they are.
+    seeks its modes; beta holds it apart, at the price of too many rare words; beta < 1 sharpens it
+    where something else does so. A number, or (B,): one a text, which tunes the laws of those texts
+    apart if the fake is told which they are.
     """
     K, L = mask_id, is_masked.shape[1]
     h_g = generator.hidden(*eps)
