@@ -65,6 +65,7 @@ TABLES = {
     "laptop_words": "latent steps gen_ppl_matched gen_ppl entropy known_words distinct4",
     "laptop_share": "variant steps gen_ppl entropy known_words distinct4",
     "laptop_spaced": "variant steps gen_ppl entropy known_words distinct4",
+    "laptop_axes": "variant steps gen_ppl_matched gen_ppl entropy known_words distinct4 overlap_excess",
     "onepass_cold": "variant temperature fitted_power steps gen_ppl_matched gen_ppl entropy known_words "
         "distinct4 gm",
     "words_fitted": "variant steps temperature fitted_power gen_ppl entropy known_words distinct4 gm",

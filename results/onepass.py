@@ -152,6 +152,7 @@ class Network(DiT):
 
     def load_state_dict(self, state, *args):
         start = self.start if self.config.latent_dim and self.start else {}
+        start = {k: v for k, v in start.items() if k in state}       # not the words it begins with
         return super().load_state_dict(state | start, *args)
 
     def hidden(self, x, sigma, z=None):
