@@ -468,11 +468,12 @@ def run_stage(args, stage, data):
             config = replace(config, latent_words=s.latent_words)
     flags = {k: str(v) for k, v in vars(s).items() if k != "autocast"}
     meta |= {"config": asdict(config), "args": flags}
-    method = "pairing", "grid", "own_token", "uniform_update", "beta"
+    method = "pairing", "grid", "own_token", "uniform_update", "beta", "betas", "full_noise"
     for name in method * bool(saved and s.stage == "idlm"):
-        if (begun := saved["args"].get(name, flags[name])) != flags[name]:
-            raise BadInput(f"{path} was begun with {name} {begun}, not {flags[name]}: repeat the "
-                           "flags it was begun with, or choose another folder with --out")
+        now = flags.get(name)
+        if (begun := saved["args"].get(name, now)) != now:
+            raise BadInput(f"{path} was begun with {name} {begun}, not {now}: repeat the flags it "
+                           "was begun with, or choose another folder with --out")
     if saved and saved["config"] != meta["config"]:
         raise BadInput(f"{path} holds a network of another shape, {saved['config']}: repeat its "
                        "flags, or choose another folder with --out")

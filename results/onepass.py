@@ -100,7 +100,8 @@ SHOWN = {"teacher": (8, 16, 32, 128, 256), "others": (1, 4, 8, 16)}      # passe
 SET, BLANK = "fake_updates=2 dropout=0.0", "beta=1.25 beta_at=full"
 FAST, AUTO = "lr=0.0002 fake_lr=0.001", "beta=auto beta_at=full {}full_t_min=0.3"
 NOVELS = "fake_lr=0.0003 fake_updates=2 {}dropout=0.0 batch=64 updates=1500"
-LAW, EVERY = "law=passes ema=0.998", "beta_at=full every=8 full_t_min=0.3 law=passes ema=0.998"
+LAW = "law=passes ema=0.998"
+EVERY = f"beta_at=full every=8 full_t_min=0.3 {LAW}"
 WORDS = f"words share={{}} told=blank {FAST} t_min=0.001 dropout=0.0"
 PICK = [f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 every=0 {LAW}",
         f"latent-free, from [MASK]: latent-free {FAST} dropout=0.0 updates=1500 every=0 {LAW}",

@@ -1044,6 +1044,10 @@ def test_a_resumed_generator_keeps_its_method(teachers, monkeypatch):
         run(cut)
     with pytest.raises(BadInput, match="begun with pairing matched, not independent: repeat the"):
         run(cut + " --resume --pairing independent")
+    for constant, name in (train.VISIBLE_BETA, "betas"), (train.FULL_NOISE, "full_noise"):
+        with monkeypatch.context() as patch, pytest.raises(BadInput, match=f"begun with {name} "):
+            patch.setitem(constant, "state", 0.8)
+            run(cut + " --resume")
     run(cut + " --resume")
 
 
