@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Networks in and out: our checkpoints, the published ones, and export in the published layout.
+"""Networks in and out; which device, which precision; how a script ends.
 
     ours        a dict: "config", "process", "tokenizer", "ema" (the weights that are used) and more
     published   tensors under `backbone.`, with model.py's names: hub name, folder, .safetensors,
@@ -7,41 +7,172 @@
 
 Only tensors and plain values are ever unpickled. To reuse: copy this file and what it imports.
 """
+import argparse
+import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout      # comes with torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
 from data import BadInput
-from model import FITTED, DiT, ModelConfig
+from model import DiT, ModelConfig
 from teacher import Masked, Uniform
 
+DTYPES = "float64", "float32", "bfloat16"
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")      # of files of weights
 PUBLISHED = {"n_blocks": "num_layers", "n_heads": "num_heads", "hidden_dim": "width",
              "model_length": "block_size"}               # their name in config.json: ours
+BOUNDS = {"vocab_size": 2 ** 24, "num_layers": 1000, "num_heads": 1000, "width": 2 ** 16,
+          "cond_dim": 2 ** 16}                           # no network is larger
+REMOVED = "latent_dim", "latent_words"                   # of networks that no file here builds
 
+
+# ---- how a script ends --------------------------------------------------------------------------
+
+def run_script(main):
+    """main(), ended by one sentence on what the user or the operating system got wrong."""
+    for stream in (sys.stdout, sys.stderr):              # terminals that are not UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+        sys.stdout.flush()
+    except BadInput as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: stopped by Ctrl-C; what was saved stays, --resume goes on from there"
+                 if name == "train.py" else f"{name}: stopped by Ctrl-C")
+    except BrokenPipeError:                              # `| head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"{name}: {where}{error.strerror or error}; what was saved before stays")
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends a wrong command line with one sentence, without a page of usage."""
+
+    def error(self, message):
+        raise BadInput(f"{message}; see --help")
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """A type for argparse: numbers from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low} ... {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def network_size(text):
+    """A type for argparse: layers x heads x width."""
+    layers, heads, width = (int(part) for part in text.split("x"))
+    if min(layers, heads, width) < 1 or width % (2 * heads):
+        raise argparse.ArgumentTypeError(f"{text}: each head needs an even width")
+    return text
+
+
+def pick_device(name):
+    has_mps = torch.backends.mps.is_available()
+    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * has_mps + ["cpu"]
+    name = name or there[0]
+    if name.split(":")[0] not in there:
+        raise BadInput(f"--device {name}: this machine has {there}; drop the flag for the first")
+    rank = os.environ.get("LOCAL_RANK")
+    return torch.device(f"cuda:{rank}" if name == "cuda" and rank else name)
+
+
+def has_bfloat16(device):
+    """Does autocast to bfloat16 pay? On a GPU not where it is emulated (T4, V100), on a CPU only
+    with matrix units for it (AMX)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def can_compile(device):
+    """On a CPU torch.compile needs a C++ compiler."""
+    if device.type == "cpu":
+        return any(map(shutil.which, ("g++", "clang++", "cl")))
+    return device.type == "cuda"
+
+
+def pick_dtype(name, device):
+    if name:
+        return name
+    return "bfloat16" if has_bfloat16(device) else "float32"
+
+
+def prepare(net, dtype):
+    """For writing texts: net frozen in dtype; -> the autocast to run it under."""
+    net.freeze(torch.bfloat16 if dtype == "bfloat16" else None)
+    if dtype == "float64":
+        net.double()
+    return torch.autocast(net.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+# ---- files --------------------------------------------------------------------------------------
 
 def write_whole(path, write):
-    """Under `path` there is at any time the whole old file or the whole new one."""
-    temporary = Path(f"{path}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Under `path` there is at any time the whole earlier file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """One record a line where `value` is a list."""
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False).replace('{"', '\n{"') + "\n"
+    write_whole(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def lock_folder(folder):
+    """A lock that a kill opens: one writer to a run folder at a time."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder, ".lock"), timeout=0)
+    try:
+        lock.acquire()
+        return lock
+    except Timeout:
+        raise BadInput(f"another process is writing to {folder}: wait for it, or choose another "
+                       "folder with --out") from None
 
 
 def save(path, checkpoint):
     write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+class Shell:
+    """What a Lightning file holds beside tensors (settings, a tokenizer) becomes this."""
+
+    def __init__(self, *_):
+        pass
+
+    __setstate__ = __init__
 
 
 def load(path):
@@ -52,14 +183,18 @@ def load(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Lightning files hold settings and a tokenizer too: such objects become empty shells
-        shell = type("Shell", (), {"__init__": lambda *_: None, "__setstate__": lambda *_: None})
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) \
-            if path.suffix == ".ckpt" else ()
-        with torch.serialization.safe_globals([(shell, name) for name in foreign]):
+        with zipfile.ZipFile(path) as archive:           # reads all: a flipped bit is seen
+            if archive.testzip():
+                raise ValueError("checksum")
+        foreign = ()
+        if path.suffix == ".ckpt":
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals([(Shell, name) for name in foreign]):
             return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except OSError:
+        raise
     except Exception as error:              # each kind of damage raises something else
-        what = "holds pickled code" if "GLOBAL" in str(error) else "is truncated or no checkpoint"
+        what = "holds pickled code" if "GLOBAL" in str(error) else "is damaged or no checkpoint"
         raise BadInput(f"{path} {what} ({type(error).__name__}); fetch or write it again") from None
 
 
@@ -74,68 +209,114 @@ def find_weights(name):
             raise BadInput(f"{name} is no file or folder, and the hub gave {type(error).__name__}; "
                            "give a local folder, or set HF_HOME to a cache that has it") from None
     if path.is_dir():
-        files = [*path.glob("*.safetensors")] or [p for p in path.iterdir() if p.suffix in SUFFIXES]
+        files = list(path.glob("*.safetensors"))
+        files = files or [p for p in path.iterdir() if p.suffix in SUFFIXES]
         if len(files) != 1:
             raise BadInput(f"{name} holds {len(files)} files of weights; name the file")
         path = files[0]
     return path
 
 
+# ---- networks -----------------------------------------------------------------------------------
+
+def read_stated(path):
+    """config.json beside the weights, whose checksum it may state."""
+    beside = path.with_name("config.json")
+    if not beside.exists():
+        return {}
+    stated = json.loads(beside.read_text(encoding="utf-8"))
+    expected = stated.get("sha256")
+    if expected and expected != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise ValueError(f"{path.name} is not the file that config.json was written for")
+    return stated
+
+
+def read_lightning(found, name):
+    """A Lightning file may hold more networks than the one wanted, and averaged weights."""
+    plain = {key: w for key, w in found["state_dict"].items() if key.startswith("backbone.")}
+    shadow = (found.get("ema") or {}).get("shadow_params", ())       # in the order of parameters
+    keys = [key for key in plain if shadow and not key.endswith("inv_freq")]
+    print(f"{name}: took the {'EMA' if shadow else 'plain'} weights", file=sys.stderr)
+    if len(keys) != len(shadow):
+        raise ValueError(f"{len(shadow)} tensors of EMA for {len(keys)} parameters")
+    return plain | dict(zip(keys, shadow))
+
+
 def read_published(found, stated, name, process):
     """-> weights, meta. Sizes are as config.json (`stated`) has them, else as the tensors."""
-    if "state_dict" in found:               # Lightning, which may hold more networks than this one
-        plain = {key: w for key, w in found["state_dict"].items() if key.startswith("backbone.")}
-        shadow = (found.get("ema") or {}).get("shadow_params", ())   # in the order of parameters
-        keys = [key for key in plain if shadow and not key.endswith("inv_freq")]
-        print(f"{name}: took the {'EMA' if shadow else 'plain'} weights", file=sys.stderr)
-        if len(keys) != len(shadow):
-            raise ValueError(f"{len(shadow)} tensors of EMA for {len(keys)} parameters")
-        found = plain | dict(zip(keys, shadow))
+    if "state_dict" in found:
+        found = read_lightning(found, name)
     weights = {key.removeprefix("backbone."): w for key, w in found.items()}
     hints = f"mdlm {name} {process or ''} {stated.get('model_type', '')}".lower()
     V, D = weights["vocab_embed.embedding"].shape
-    meta = asdict(ModelConfig(V)) | {
-        "process": re.findall("mdlm|duo|dcd", hints)[-1].replace("dcd", "duo"),
-        "tokenizer": {"name": "gpt2"}, "stage": "teacher", "block_size": 1024, "width": D,
-        "num_layers": len({key.split(".")[1] for key in weights if key.startswith("blocks.")}),
-        "num_heads": D // 64, "cond_dim": len(weights["sigma_map.mlp.0.weight"]), "dropout": 0.1}
-    meta |= {PUBLISHED.get(key, key): value for key, value in stated.items()}
-    config = {field.name: meta.pop(field.name) for field in fields(ModelConfig)}
-    return weights, meta | {"config": config}
+    blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
+    meta = asdict(ModelConfig(V))
+    meta.update(
+        process=re.findall("mdlm|duo|dcd", hints)[-1].replace("dcd", "duo"),
+        tokenizer={"name": "gpt2"}, stage="teacher", block_size=1024, width=D,
+        num_layers=len(blocks), num_heads=D // 64, dropout=0.1,
+        cond_dim=len(weights["sigma_map.mlp.0.weight"]))
+    for key, value in stated.items():
+        meta[PUBLISHED.get(key, key)] = value
+    meta["config"] = {field.name: meta.pop(field.name) for field in fields(ModelConfig)}
+    return weights, meta
+
+
+def check_meta(meta, name):
+    """Types and bounds of what a file says of itself, before anything is built from it."""
+    config = {key: value for key, value in meta["config"].items() if key not in REMOVED}
+    config.pop("latent_scale", None)
+    if any(meta["config"].get(key) for key in REMOVED):
+        raise BadInput(f"{name} is a generator of an earlier kind; commit cefa7b7 is the last that "
+                       "reads it, or distil its teacher again")
+    for key, most in BOUNDS.items():
+        value = config[key]
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{key} {value!r} is no whole number from 1 to {most}")
+    if not 0 <= config["dropout"] < 1:
+        raise ValueError(f"dropout {config['dropout']!r} is not in [0, 1)")
+    if type(meta["block_size"]) is not int or not 1 <= meta["block_size"] <= 2 ** 20:
+        raise ValueError(f"block_size {meta['block_size']!r} is no whole number from 1 to 2^20")
+    return meta | {"config": config}
 
 
 def load_network(name_or_path, device="cpu", process=None):
     """-> net (DiT, eval mode, EMA weights), meta (a dict: all but weights and training state).
-    process: which one a published checkpoint is, where its config.json or name does not tell."""
+
+    process: which one a published checkpoint is, where its config.json or name does not tell.
+    """
     name = str(name_or_path)
     path = find_weights(name)
-    found, beside = load(path), path.with_name("config.json")
+    found = load(path)
     try:
-        if {"ema", "config", "process"} <= found.keys():     # ours: what is no state of a module
-            weights, meta = found["ema"], {key: x for key, x in found.items() if not isinstance(
-                x, (dict, torch.Tensor)) or key in ("config", "tokenizer", "args")}
+        if {"ema", "config", "process"} <= found.keys():
+            weights = found.pop("ema")
+            meta = {key: value for key, value in found.items() if not torch.is_tensor(value)}
         else:
-            stated = json.loads(beside.read_text()) if beside.exists() else {}
-            weights, meta = read_published(found, stated, name, process)
+            weights, meta = read_published(found, read_stated(path), name, process)
+        meta = check_meta(meta, name)
         net = DiT(ModelConfig(**meta["config"]))
-        law = weights.get("frequencies")
-        if law is not None and law.dim() == 1:               # of old: one for all numbers of passes
-            weights = weights | {"frequencies": law.expand(len(FITTED), -1)}
         net.load_state_dict(weights)        # strict: names what is missing, misshapen or too much
+        K = num_tokens(meta)
+        is_a = meta["process"]
+    except BadInput:
+        raise
     except Exception as error:
+        reason = " ".join(str(error).split())[:999]
         raise BadInput(f"{name} does not fit the sizes in its config.json, or else those of its "
-                       "vocab_embed.embedding and sigma_map.mlp.0.weight: "
-                       f"{type(error).__name__} {' '.join(str(error).split())[:999]}") from None
-    K, V, is_a = num_words(meta), net.config.vocab_size, meta["process"]
+                       f"tensors: {type(error).__name__} {reason}") from None
+    if not all(bool(p.isfinite().all()) for p in net.parameters()):
+        raise BadInput(f"{name} holds weights that are not finite; train it again at a lower --lr")
+    V = net.config.vocab_size
     fitting = {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
     if V not in fitting or process not in (None, is_a):
-        raise BadInput(f"{name} is a {is_a} network of {V} words, which does not fit process "
-                       f"{process or is_a} with a tokenizer of {K} words; give its --process or "
+        raise BadInput(f"{name} is a {is_a} network of {V} tokens, which does not fit process "
+                       f"{process or is_a} with a tokenizer of {K} tokens; give its --process or "
                        "another checkpoint")
     return net.to(device).eval(), meta
 
 
-def num_words(meta):
+def num_tokens(meta):
     spec = meta["tokenizer"]
     return len(spec["chars"]) if spec["name"] == "char" else 50_257
 
@@ -143,32 +324,51 @@ def num_words(meta):
 def make_process(meta):
     if meta["process"] == "ar":
         raise BadInput("a judge has no noising process; give a teacher or generator")
-    K = num_words(meta)                     # some uniform checkpoints carry an unused word K + 1
+    K = num_tokens(meta)                    # some uniform checkpoints carry an unused token K
     return Masked(K + 1) if meta["process"] == "mdlm" else Uniform(K)
+
+
+def weights_key(net):
+    """16 hexadecimal digits that tell these weights from others."""
+    digest = hashlib.sha256()
+    for key, w in sorted(net.state_dict().items()):
+        digest.update(key.encode("utf-8"))
+        digest.update(w.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def export(net, meta, folder, dtype=None):
     """Write config.json and model.safetensors in the published layout; never over another file."""
-    stated, path = Path(folder, "config.json"), Path(folder, "model.safetensors")
+    stated = Path(folder, "config.json")
+    path = Path(folder, "model.safetensors")
     if stated.exists() or path.exists():
         raise BadInput(f"{folder} holds a network already; choose another folder")
-    config = {key: x for key, x in meta.items() if key != "config"} | asdict(net.config)
-    config |= {theirs: config[ours] for theirs, ours in PUBLISHED.items()}
-    weights = {f"backbone.{key}": w.to("cpu", None if key.endswith("inv_freq") else dtype)
-               for key, w in net.state_dict().items()}
+    weights = {}
+    for key, w in net.state_dict().items():
+        weights[f"backbone.{key}"] = w.to("cpu", None if key.endswith("inv_freq") else dtype)
     data = to_bytes(weights, {"format": "pt"})
+    config = {key: value for key, value in meta.items() if key not in ("config", "settings")}
+    config |= asdict(net.config)
+    for theirs, ours in PUBLISHED.items():
+        config[theirs] = config[ours]
+    config["sha256"] = hashlib.sha256(data).hexdigest()
     write_whole(path, lambda file: file.write(data))
-    write_whole(stated, lambda file: file.write(json.dumps(config, indent=1).encode()))
+    text = json.dumps(config, indent=1)
+    write_whole(stated, lambda file: file.write(text.encode("utf-8")))
 
 
 def provenance(seed, device):
     """Where a figure comes from; paths in the command are relative."""
     command = " ".join(["python", *sys.argv])
     command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), command)
-    git = subprocess.run("git describe --always --exclude='*' --dirty=+dirty", shell=True,
-                         cwd=Path(__file__).parent, capture_output=True, text=True)
-    cuda, cpu = torch.device(device).type == "cuda", f"{device}, {torch.get_num_threads()} threads"
-    return {"command": command, "commit": git.stdout.strip() or "unknown", "seed": seed,
-            "device": torch.cuda.get_device_name(device) if cuda else cpu,
-            "torch": str(torch.__version__),
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty=+dirty"],
+                             cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    except OSError:                         # no git on this machine
+        git = ""
+    where = f"{device}, {torch.get_num_threads()} threads"
+    if torch.device(device).type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return {"command": command, "commit": git.strip() or "unknown", "seed": seed,
+            "device": where, "torch": str(torch.__version__),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}

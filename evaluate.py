@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""How good and how diverse is the text at N passes, against the teacher and against real text?
+"""Is the text at N passes good, and is it diverse? Beside the teacher's and beside real text.
 
     python evaluate.py                                   the masked run of out/mdlm
-    python evaluate.py --process duo --ending greedy     the uniform run of out/duo
-    python evaluate.py --judge gpt2-large --init_from kekchpek/idlm-mdlm --data "novels/*.txt"
-    python evaluate.py --plot results/laptop.json        both figures of assets/
-    python evaluate.py --table          every table of README.md and results/README.md
+    python evaluate.py --process duo --ending map        the uniform run of out/duo
+    python evaluate.py --sweep --mauve --controls --judge ar gpt2-large --num_texts 5000
+    python evaluate.py --init_from kekchpek/idlm-mdlm --data "novels/*.txt" --judge gpt2-large
+    python evaluate.py --plot results/laptop.json        writes the figure assets/laptop.png
 
-Low entropy buys low perplexity, so every setting is swept over the sampling temperature, and the
-headline gen_ppl_matched is read off that curve at the entropy of held-out text (the first row);
-where the curve does not reach that far it is null. Intervals: bootstrap over texts, 95 %.
+Low entropy buys low perplexity, and unigram entropy alone is bought as cheaply. So entropy,
+distinct4 and repetition stand beside every perplexity, --controls adds texts that some column must
+expose, and --sweep follows the curve over temperature until it has the entropy of held-out text:
+gen_ppl_matched is read off it there. Intervals: bootstrap over texts, 95 %.
 
---judge   ar: our causal DiT on the same training text, trained by train.py where it is missing
-          ngram: of characters, ready in seconds, and a column of its own anyway       none
-          FILE.pt: another run's judge           any other name: a model of transformers
+--judge   ar: a causal DiT of the same training text, trained by train.py where it is missing
+          ngram: of characters, ready in seconds        none: no perplexity
+          FILE.pt: another run's judge    FILE.gguf or any other name: a model of transformers
+          several: the first fills gen_ppl, the next one gen_ppl_2, ...
 Counted: every token but a text's first, which has no context; end-of-text like any other. A model
-of transformers reads the decoded text with its own tokenizer, cut to its longest input.
+of transformers reads the decoded text with its tokenizer, cut to its longest input.
 To reuse: copy the metrics; they need numpy alone.
 """
 import argparse
@@ -27,87 +29,54 @@ import sys
 import time
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import combinations, product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock               # comes with torch
 from tqdm import tqdm
 
 import checkpoint
-import idlm_loss
-from data import BadInput, TextData
-from generator import SCHEDULES, own_temperature, sample, words_first
-from teacher import Masked
-from train import has_bfloat16, pick_device
+import rows
+from data import BadInput, TextData, encode
+from generator import ENDINGS, ORDERS, sample
 
-METRICS = "gen_ppl bits_per_char entropy known_words distinct4 repetition gm ngram_bits".split()
-STEPS = {"mdlm": [1, 4, 8, 16, 64, 256], "duo": [1, 4, 8, 16, 64]}
-MODELS, MIN_TEXTS, RESAMPLES, GROUPS = ("teacher", "dcd", "idlm"), 8, 1000, 16
-# Columns of the table on the terminal, and of the README's from results/NAME.json: those records
-# that have none of these keys, or for NAME.KEY those that have KEY alone of them
-VIEWS = {"extra", "knob", "screen", "row_entropy", "held_out_nll"}
-TABLES = {
-    "": f"process model sampler steps passes temperature gen_ppl_matched {' '.join(METRICS)} "
-        "mauve seconds",
-    "laptop": "process model latent start sampler schedule temperature steps passes bits_per_char "
-        "entropy known_words",
-    "novels": "process model start update sampler steps passes gen_ppl_matched gen_ppl entropy "
-        "distinct4 gm",
-    "novels_grid": "model start update sampler steps gen_ppl_matched gen_ppl entropy distinct4 gm",
-    "novels_tuned.knob": "knob value sampler steps gen_ppl_matched gen_ppl entropy distinct4",
-    "knobs.knob": "knob value steps gen_ppl_matched gen_ppl entropy known_words distinct4",
-    "novels_knobs": "model schedule steps passes gen_ppl_matched gen_ppl entropy distinct4 gm",
-    "novels_masked.knob": "knob value steps gen_ppl_matched gen_ppl entropy distinct4",
-    "novels.row_entropy": "process model start update t_tilde row_entropy",
-    "novels_grid.row_entropy": "process model start update t_tilde row_entropy",
-    "laptop_start": "start steps gen_ppl_matched gen_ppl entropy known_words",
-    "laptop_latent": "latent steps gen_ppl_matched gen_ppl entropy known_words",
-    "laptop_words": "latent steps gen_ppl_matched gen_ppl entropy known_words distinct4",
-    "laptop_share": "variant steps gen_ppl entropy known_words distinct4",
-    "laptop_spaced": "variant steps gen_ppl entropy known_words distinct4",
-    "laptop_axes": "variant steps gen_ppl_matched gen_ppl entropy known_words distinct4 overlap_excess",
-    "onepass_cold": "variant temperature fitted_power steps gen_ppl_matched gen_ppl entropy known_words "
-        "distinct4 gm",
-    "words_fitted": "variant steps temperature fitted_power gen_ppl entropy known_words distinct4 gm",
-    "words": "power steps temperature gen_ppl_matched gen_ppl entropy known_words distinct4 gm",
-    "laptop_onepass": "variant steps gen_ppl_matched gen_ppl entropy known_words",
-    "onepass": "data block_size variant n_texts schedule steps gen_ppl_matched gen_ppl entropy "
-        "known_words distinct4 gm copied",
-    "onepass.screen": "variant sampler schedule steps gen_ppl_matched gen_ppl entropy known_words "
-        "copied",
-    "ship": "model schedule begins steps passes gen_ppl_matched gen_ppl entropy known_words "
-        "distinct4 repetition",
-    "updates": "update steps gen_ppl_matched gen_ppl entropy known_words",
-    "own_token": "words update own_token steps gen_ppl_matched gen_ppl entropy known_words",
-    "pairing_steps": "pairing steps gen_ppl_matched gen_ppl entropy known_words",
-    "pairing": "model pairing steps gen_ppl_matched gen_ppl entropy known_words",
-    "schedule": "model judge schedule steps passes gen_ppl_matched gen_ppl entropy known_words",
-    "even": "model schedule steps passes gen_ppl entropy known_words distinct4 repetition",
-    "beta": "latent texts beta steps gen_ppl_matched gen_ppl entropy known_words",
-    "bench_h100": "name change median_ms peak_gib tokens_per_s mfu commit",
-    "bench_h200": "name median_ms authors_ms peak_gib authors_gib tokens_per_s mfu commit"}
-# Numbers that are no results, so that runs which differ in one are told apart
-SETTINGS = {"temperature", "lr", "fake_lr", "ema", "scale", "share", "t_tilde", "beta",
-            "power"}
-PROVENANCE = {"command", "commit", "device", "torch", "date", "seed"}
+METRICS = "overlap", "known_words", "gm", "ngram_bits"    # those that may be left out
+COLUMNS = ("model order ending steps passes temperature gen_ppl_matched gen_ppl bits_per_char "
+           "entropy distinct4 repetition overlap known_words mauve gm ngram_bits exact_match")
+SUFFIXES = "", "_2", "_3", "_4"                           # of the columns of each judge
+STEPS, TEACHER_STEPS = [1, 4, 8, 16, 64], [256]           # the latter of the masked teacher alone
+MODELS = "teacher", "dcd", "idlm"
+RESAMPLES = 1000
+GROUPS = 16                # of texts, for gm; an interval needs as many texts at least
+MIN_MAUVE = 100            # MAUVE takes a cluster per ten texts: below, fewer than ten clusters
+BATCH_TOKENS = 2 ** 17     # written at once, whatever --num_texts
+JUDGE_TOKENS = 2 ** 12     # read at once: 50,257 logits each are 0.8 GB
+NGRAM_TOKENS = 2 ** 24     # of training text that an n-gram model counts
+WORD = re.compile(r"(?:[^\W\d_]|')+")
 
 
 # ---- metrics: a number per text, whose mean (or ratio of sums) is the metric --------------------
 
 def entropy(tokens):                                       # (L,) -> nats
-    """Unigram entropy of one text. Of "abab": two words of share 1/2, so log 2 = 0.693."""
+    """Unigram entropy of one text. Of "abab": two tokens of share 1/2, so log 2 = 0.693."""
     p = np.unique(tokens, return_counts=True)[1] / len(tokens)
     return -(p * np.log(p)).sum()
 
 
 def four_grams(tokens):                                    # (N, L) -> each text's different 4-grams
-    x, n = tokens.astype(np.uint64), tokens.shape[1] - 3   # ids are below 2^16: four fit 64 bits
-    return [np.unique(g) for g in sum(x[:, j:n + j] << np.uint64(16 * j) for j in range(4))]
+    x = tokens.astype(np.uint64)                           # ids are below 2^16: four fit 64 bits
+    n = x.shape[1] - 3
+    codes = sum(x[:, j:n + j] << np.uint64(16 * j) for j in range(4))
+    return [np.unique(row) for row in codes]
 
 
 def repetition(tokens):                                    # (N, L) -> (N,)
     """Share of a text's 4-grams that stand earlier in it. "ababab": abab baba abab, so 1/3."""
-    return 1 - np.array([len(g) for g in four_grams(tokens)]) / (tokens.shape[1] - 3)
+    different = np.array([len(grams) for grams in four_grams(tokens)])
+    return 1 - different / (tokens.shape[1] - 3)
 
 
 def distinct4(tokens):                                     # (N, L) -> (N,)
@@ -115,19 +84,29 @@ def distinct4(tokens):                                     # (N, L) -> (N,)
 
     "abcde", "abcdf": abcd bcde | abcd bcdf, 3 different of 4: 0.75. Resampled texts would repeat
     each other, so the spread is the jackknife's: what a text adds is the share of its 4-grams that
-    no other text has (1/2, 1/2), shifted here to the mean 0.75.
+    no other text has (1/2, 1/2), shifted to the mean 0.75.
     """
-    grams, n = four_grams(tokens), tokens.shape[1] - 3
-    every, at, texts = np.unique(np.concatenate(grams), return_inverse=True, return_counts=True)
+    grams = four_grams(tokens)
+    n = tokens.shape[1] - 3
     text = np.repeat(np.arange(len(grams)), [len(g) for g in grams])
+    every, at, texts = np.unique(np.concatenate(grams), return_inverse=True, return_counts=True)
     added = np.bincount(text, texts[at] == 1) / n
     return added - added.mean() + len(every) / (len(tokens) * n)
 
 
+def overlap(tokens):                                       # (N, L) -> (N,)
+    """Share of a text's different 4-grams that the next text has as well, the last one's next being
+    the first. "abcde", "abcdf": of abcd bcde the second text has abcd, so 1/2 (and back 1/2)."""
+    grams = four_grams(tokens)
+    after = grams[1:] + grams[:1]
+    return np.array([np.isin(a, b).mean() for a, b in zip(grams, after)])
+
+
 def whole_words(text):
     """Runs of letters and apostrophes but those cut by the text's ends. "he cat's mew": cat's"""
-    runs = re.finditer(r"(?:[^\W\d_]|')+", text)
-    return [run[0] for run in runs if 0 < run.start() and run.end() < len(text)]
+    words = WORD.findall(text)
+    is_cut, is_cut_off = bool(WORD.match(text)), bool(WORD.match(text[-1:]))
+    return words[is_cut:len(words) - is_cut_off]
 
 
 def gradient_moment(g, r):                                 # (m, P), (m, P) -> (m,)
@@ -137,31 +116,40 @@ def gradient_moment(g, r):                                 # (m, P), (m, P) -> (
 
     One parameter, two groups, g = (1, 3), r = (0, 1): d = (1, 2), so 2; the plain square is 2.25.
     """
-    d = torch.as_tensor(g) - torch.as_tensor(r)            # where they are: over 1 GB for GPT-2's
+    d = torch.as_tensor(g) - torch.as_tensor(r)            # on their device: over 1 GB for GPT-2's
     gram = (d @ d.T).cpu().double().numpy()
     with_others = (gram.sum(1) - np.diag(gram)) / (len(gram) - 1)
     return 2 * with_others - with_others.mean()            # a pair's noise is in both its groups
 
 
-@lru_cache(maxsize=2)                                      # drawn once for all metrics of a record
-def resamples(n, seed):                                    # -> (1 + RESAMPLES, n): how often each
-    W = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
-    return np.concatenate([np.ones_like(W[:1]), W]).astype(float)
+@lru_cache(maxsize=2)                                      # drawn once for all metrics and rows
+def resamples(n, seed):                                    # -> (1 + RESAMPLES, n): counts of a text
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    return np.concatenate([np.ones_like(counts[:1]), counts]).astype(float)
 
 
 def bootstrap(a, b=1, seed=0):                             # (N,), (N,) -> (1 + RESAMPLES,)
     """sum(a) / sum(b), first of the texts, then of resampled texts."""
     a, b = np.broadcast_arrays(np.asarray(a, float), b)
-    W = resamples(len(a), seed)
+    counts = resamples(len(a), seed)
     with np.errstate(invalid="ignore"):
-        return W @ a / (W @ b)
+        return counts @ a / (counts @ b)
 
 
 def summary(name, x):
     """The value and the central 95 % of its resamples. What lies beyond the measured is None."""
-    ends = np.quantile(x[1:], [0.025, 0.975], method="nearest")
-    value, *ends = (float(v) if np.isfinite(v) else None for v in (x[0], *ends))
-    return {name: value, name + "_ci": ends}
+    low, high = np.quantile(x[1:], [0.025, 0.975], method="nearest")
+    value, low, high = (float(v) if np.isfinite(v) else None for v in (x[0], low, high))
+    return {name: value, name + "_ci": [low, high]}
+
+
+def wilson(right, n, z=1.96):
+    """The share right / n and its 95 % interval (Wilson 1927), which holds at 0 and at n, too.
+    0 of 10: 0, [0, 0.278]"""
+    p = right / n
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
+    return p, [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
 def ppl_at(target, entropies, log_ppls):
@@ -176,422 +164,602 @@ def ppl_at(target, entropies, log_ppls):
 def next_temperature(done, entropies, target, margin=0.03, most=6):
     """[the temperature to try next], or [] once `target` lies well inside the entropies, after
     `most` or at 0. Entropy rises with temperature: at 1.0 it was 2.8, so for 2.9 [1.2] is next."""
-    if min(entropies) + margin < target < max(entropies) - margin or len(done) == most:
+    if min(entropies) + margin < target < max(entropies) - margin or len(done) >= most:
         return []
-    hotter = max(entropies) - margin <= target
-    found = round(max(done) + 0.2 if hotter else min(done) - 0.1, 1)
-    return [found] * (found > 0)
+    too_cold = max(entropies) - margin <= target
+    following = round(max(done) + 0.2 if too_cold else min(done) - 0.1, 1)
+    return [following] * (following > 0)
 
 
-# ---- judges: score(tokens (N, L), groups) -> nll, counted tokens, characters: (N,) each; gradients
+def mauve(p, q):                                           # (N, D), (M, D) -> 0 ... 1
+    """MAUVE (arXiv 2102.01454) of two sets of features, a row a text: 1 where they are alike."""
+    from mauve import compute_mauve
+    return float(compute_mauve(p_features=p, q_features=q, verbose=False).mauve)
 
-def ngram_judge(data, order=6, a=20.0):
-    """p_k(c | k characters) = (n(context c) + a p_{k-1}(c)) / (n(context) + a), p_{-1} = 1 / K
-    (MacKay and Peto's smoothing): sums to 1. Reads up to 16.8M characters of training text."""
-    if data.spec["name"] != "char":
-        raise BadInput(f"--judge ngram is for characters, not {data.spec['name']} tokens: take ar")
 
-    def codes(x, k):                                       # (..., L) -> (..., L - k): k + 1 in one
-        return sum(x[..., j:x.shape[-1] - k + j] * data.K ** (k - j) for j in range(k + 1))
+# ---- judges -------------------------------------------------------------------------------------
 
-    def count(keys, n, code):
-        i = np.searchsorted(keys, code).clip(max=len(keys) - 1)
-        return n[i] * (keys[i] == code)
+class Score(NamedTuple):
+    """What a judge, a function (tokens (N, L), groups) -> Score, says of N texts."""
+    nll: np.ndarray                         # (N,) nats, the sum over a text's counted tokens
+    tokens: np.ndarray                      # (N,) that are counted
+    chars: np.ndarray                       # (N,) characters of those
+    features: np.ndarray = None             # (N, D) last hidden state, mean over counted positions
+    grads: torch.Tensor = None              # (groups, P), on the judge's device
 
-    train, tables = np.asarray(data.train[:2 ** 24], dtype=np.int64), []
-    for k in range(min(order, int(62 / math.log2(data.K)))):         # codes stay below 2^62
-        grams, n = np.unique(codes(train, k), return_counts=True)
-        contexts, of = np.unique(grams // data.K, return_inverse=True)
-        tables.append(((grams, n), (contexts, np.bincount(of, n))))
 
-    def score(tokens, groups=0):
-        x, p = tokens.astype(np.int64), np.full(tokens.shape, 1 / data.K)
-        for k, (grams, contexts) in enumerate(tables[:x.shape[1]]):
-            code = codes(x, k)
-            p[:, k:] = (count(*grams, code) + a * p[:, k:]) / (count(*contexts, code // data.K) + a)
+class NGram:
+    """p_k(c | k tokens) = (n(tokens, c) + a p_{k-1}(c)) / (n(tokens) + a), p_{-1} = 1 / K, the
+    smoothing of MacKay and Peto. A judge, and at temperature 1 a sampler of the same law."""
+
+    def __init__(self, data, order, a=20.0):
+        train = data.train[:, -data.block_size:] if data.examples else data.train[:NGRAM_TOKENS]
+        train = np.asarray(train, dtype=np.int64)
+        self.K, self.a, self.tables = data.K, a, []
+        for k in range(min(order, int(62 / math.log2(data.K)))):     # codes stay below 2^62
+            grams, n = np.unique(self.codes(train, k), return_counts=True)
+            self.tables.append((grams, np.append(0, n.cumsum())))
+
+    def codes(self, x, k):                  # (..., L) -> (..., L - k): k + 1 tokens in one number
+        n = x.shape[-1] - k
+        return sum(x[..., j:n + j] * self.K ** (k - j) for j in range(k + 1))
+
+    def __call__(self, tokens, groups=0):
+        x = tokens.astype(np.int64)
+        p = np.full(x.shape, 1 / self.K)
+        for k, (grams, sums) in enumerate(self.tables[:x.shape[1]]):
+            code = self.codes(x, k)
+            context = code // self.K * self.K
+            ends = np.searchsorted(grams, [code, code + 1, context, context + self.K])
+            low, high, first, last = sums[ends]
+            p[:, k:] = (high - low + self.a * p[:, k:]) / (last - first + self.a)
         counted = np.full(len(x), x.shape[1] - 1)
-        return -np.log(p[:, 1:]).sum(1), counted, counted, None
-    return score
+        return Score(-np.log(p[:, 1:]).sum(1), counted, counted)
+
+    def sample(self, num_texts, length, seed, temperature=1.0):
+        """A token follows its longest context with the share n / (n + a), else a shorter one; in a
+        context with odds n(tokens, c)^(1 / temperature).  -> (num_texts, length)"""
+        rng = np.random.default_rng(seed)
+        tempered = [np.append(0, (np.diff(sums) ** (1 / temperature)).cumsum())
+                    for _, sums in self.tables]
+        x = np.zeros((num_texts, length), np.int64)
+        for i in range(length):
+            token = rng.integers(self.K, size=num_texts)
+            for k, (grams, sums) in enumerate(self.tables[:i + 1]):
+                context = self.codes(x[:, i - k:i + 1], k)[:, 0]     # x[:, i] is 0 as yet
+                ends = np.searchsorted(grams, [context, context + self.K])
+                n = np.diff(sums[ends], axis=0)[0]
+                low, high = tempered[k][ends]
+                goal = low + rng.random(num_texts) * (high - low)
+                at = np.searchsorted(tempered[k], goal, "right").clip(max=len(grams)) - 1
+                is_long = rng.random(num_texts) * (n + self.a) < n
+                token = np.where(is_long, grams[at] % self.K, token)
+            x[:, i] = token
+        return x
 
 
-def neural_judge(device, forward, encode, decode):
-    """A causal network. forward: ids (B, L) -> hidden (B, L, D), logits (B, L, V); encode: a text's
-    tokens -> ids; decode: list of ids -> str."""
+@lru_cache(maxsize=1)                       # counted once for the judge, a metric and a control
+def ngram_of(data):
+    """6-grams of characters, bigrams of BPE tokens."""
+    return NGram(data, 6 if data.spec["name"] == "char" else 2)
+
+
+def neural_judge(device, forward, encode_row, decode):
+    """A causal network. forward: ids (B, L) -> hidden (B, L, D), logits (B, L, V); encode_row: a
+    text's tokens -> ids; decode: list of ids -> str."""
     @torch.no_grad()
     def score(tokens, groups=0):
         """With groups of texts: also each group's gradient, nats per token, in the last matrix,
-        mean of (p - onehot) h^T: where the text meets the hidden state; they stay on the
-        device."""
-        ids = [torch.as_tensor(encode(row), dtype=torch.int64) for row in tokens]
-        x = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)   # causal: padding goes unseen
-        counted = torch.tensor([max(0, len(row) - 1) for row in ids])
-        counts = torch.arange(x.shape[1] - 1) < counted[:, None]
-        nll, grads, parts = [], [], groups or -(-x.numel() // 8192)
-        for part, here in zip(x.tensor_split(parts), counts.tensor_split(parts)):
-            part, here = part.to(device), here.to(device)
-            h, logits = forward(part)
-            log_p, target = logits[:, :-1].float().log_softmax(-1), part[:, 1:, None]
-            nll.append(-(log_p.gather(-1, target)[..., 0] * here).sum(1))
-            if groups:
-                error = log_p.exp().scatter_add_(-1, target, -torch.ones_like(log_p[..., :1]))
-                error = error * here[..., None] / here.sum()
-                grads.append(torch.einsum("blv,bld->vd", error, h[:, :-1].float()).flatten())
+        the mean of (p - onehot) h^T."""
+        ids = [torch.as_tensor(encode_row(row) or [0]) for row in tokens.tolist()]
+        counted = torch.tensor([len(row) - 1 for row in ids])
+        size = max(1, JUDGE_TOKENS // (int(counted.max()) + 1))
+        nll, features, grads = [], [], []
+        for group in torch.arange(len(ids)).tensor_split(groups or 1):
+            gradient = 0
+            for part in group.split(size):
+                x = torch.nn.utils.rnn.pad_sequence([ids[i] for i in part], batch_first=True)
+                counts = torch.arange(x.shape[1] - 1) < counted[part, None]
+                x, counts = x.to(device), counts[..., None].to(device)
+                h, logits = forward(x)                     # causal: padding goes unseen
+                h, target = h[:, :-1].float(), x[:, 1:, None]
+                log_p = logits[:, :-1].float().log_softmax(-1)
+                nll.append(-(log_p.gather(-1, target) * counts).sum((1, 2)))
+                features.append((h * counts).sum(1) / counts.sum(1).clamp(min=1))
+                if groups:
+                    error = log_p.exp().scatter_add(-1, target, -torch.ones_like(log_p[..., :1]))
+                    gradient += torch.einsum("blv,bld->vd", error * counts, h).flatten()
+            grads.append(gradient / counted[group].sum())
         chars = np.array([len(decode(row[1:].tolist())) for row in ids])
-        return (torch.cat(nll).double().cpu().numpy(), counted.numpy(), chars,
-                torch.stack(grads) if groups else None)
+        return Score(torch.cat(nll).double().cpu().numpy(), counted.numpy(), chars,
+                     torch.cat(features).cpu().numpy(), torch.stack(grads) if groups else None)
     return score
 
 
-def find_judge(name, data, device, out, meta):
-    """-> score, or None for --judge none."""
-    if name in ("none", "ngram"):
-        return ngram_judge(data) if name == "ngram" else None
-    if name == "ar" or name.endswith(".pt"):
-        path = out / "judge.pt" if name == "ar" else Path(name)
-        found = checkpoint.load(path) if path.exists() else {}
-        if name == "ar" and found.get("step", -1) < found.get("updates", 0):
-            print(f"{path} is not there or not finished: training it", flush=True)
-            flags = {k: meta[k] for k in ("process", "data", "block_size")} | {
-                "tokenizer": data.spec["name"], "device": device, "out": out, "stage": "judge"}
-            subprocess.run([sys.executable, Path(__file__).with_name("train.py"), "--resume",
-                            *(f"--{k}={v}" for k, v in flags.items())])
-        net, found = checkpoint.load_network(path, device)
-        if found["process"] != "ar" or found["tokenizer"] != data.spec:
-            raise BadInput(f"{path} cannot judge this text: it is a {found['process']} model, or "
-                           f"of another tokenizer; train one on {meta['data']} with --stage judge")
-        return neural_judge(
-            device,
-            lambda x: (h := net.hidden(x, torch.zeros(len(x))), net.project(h)[..., :data.K]),
-            list, data.tokenizer.decode)
+def train_judge(path, args, data):
+    """Run train.py for the judge of this run, unless there is a whole one."""
+    state = checkpoint.load(path) if path.exists() else {"step": -1, "updates": 0}
+    if state["step"] >= state["updates"]:
+        return
+    print(f"{path} is not there or not finished: training it", flush=True)
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), "--stage=judge",
+               "--resume", f"--process={args.process}", f"--out={args.out}",
+               f"--data={data.source}", f"--tokenizer={data.spec['name']}",
+               f"--block_size={data.block_size}", f"--cache={args.cache}"]
+    if args.device:
+        command.append(f"--device={args.device}")
+    if args.no_compile:
+        command.append("--no-compile")
+    status = subprocess.run(command).returncode
+    if status:
+        raise BadInput(f"--judge ar: training it ended with status {status}; mend what it says "
+                       "above, or take --judge ngram or none")
+
+
+def run_judge(path, device, data):
+    """A judge that train.py wrote."""
+    net, meta = checkpoint.load_network(path, device)
+    if meta["process"] != "ar" or meta["tokenizer"] != data.spec:
+        raise BadInput(f"{path} cannot judge this text: it is a {meta['process']} model, or of "
+                       "another tokenizer; train one with train.py --stage judge")
+    if meta["step"] < meta["updates"]:
+        raise BadInput(f"{path} has done {meta['step']} of {meta['updates']} updates; finish it "
+                       "with train.py --stage judge --resume")
+    if meta["data_key"] != data.key:
+        raise BadInput(f"{path} was trained on other text than {data.source} and cannot judge it; "
+                       "take --judge ar or another file")
+
+    def forward(x):
+        h = net.hidden(x, torch.zeros(len(x)))
+        return h, net.project(h)[..., :data.K]
+    return neural_judge(device, forward, list, data.tokenizer.decode)
+
+
+def hub_judge(name, device, data):
+    """A model of transformers: a hub name, a folder, or a .gguf file."""
+    place, options = name, {"trust_remote_code": False}
+    if name.endswith(".gguf"):
+        place, options["gguf_file"] = str(Path(name).parent), Path(name).name
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        own = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        net = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False,
-                                                   use_safetensors=True).to(device).eval()
-    except (ImportError, OSError) as error:
-        raise BadInput(f"--judge {name} cannot be loaded ({str(error).splitlines()[0]}): check the "
-                       "name, pip install transformers, or take --judge ar") from None
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        net = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, **options)
+    except Exception as error:              # no package, no such name, no network, a torn file
+        raise BadInput(f"--judge {name} cannot be loaded ({first_line(error)}): check the name, "
+                       "pip install -r requirements-eval.txt, or take --judge ar") from None
+    net.to(device).float().eval()
     longest = getattr(net.config, "max_position_embeddings", 1024)
-    return neural_judge(
-        device, lambda x: ((y := net(x, output_hidden_states=True)).hidden_states[-1], y.logits),
-        lambda row: own(data.tokenizer.decode(list(row)), add_special_tokens=False, truncation=True,
-                        max_length=longest).input_ids,
-        lambda ids: own.decode(ids, clean_up_tokenization_spaces=False))
+
+    def forward(x):
+        output = net(x, output_hidden_states=True)
+        return output.hidden_states[-1], output.logits
+
+    def encode_row(row):
+        return tokenizer(data.tokenizer.decode(row), add_special_tokens=False, truncation=True,
+                         max_length=longest).input_ids
+
+    def decode(ids):
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return neural_judge(device, forward, encode_row, decode)
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def load_judge(name, args, device, data):
+    """-> a function (tokens (N, L), groups) -> Score"""
+    if name == "ngram":
+        if data.spec["name"] != "char":
+            raise BadInput(f"--judge ngram is for characters, not {data.spec['name']} tokens: "
+                           "take ar")
+        return ngram_of(data)
+    if name == "ar":
+        train_judge(args.out / "judge.pt", args, data)
+        return run_judge(args.out / "judge.pt", device, data)
+    return run_judge(name, device, data) if name.endswith(".pt") else hub_judge(name, device, data)
+
+
+# ---- controls: texts that are not good, whatever a single column says ---------------------------
+
+def shuffle_words(tokens, tokenizer, rng):                 # (L,) -> (L,)
+    """A text's words in random order; spaces stay. "to be or" -> "or to be". A word of BPE tokens
+    takes its leading space along."""
+    units, words, after_space = [], [], True
+    for token in tokens.tolist():
+        piece = tokenizer.decode_single_token_bytes(token)
+        is_space = not piece.strip() or piece == b"<|endoftext|>"
+        if is_space or after_space or piece[:1].isspace():
+            if not is_space:
+                words.append(len(units))
+            units.append([])
+        units[-1].append(token)
+        after_space = is_space
+    order = np.arange(len(units))
+    order[words] = rng.permutation(words)
+    return np.concatenate([units[i] for i in order])
+
+
+def ngram_texts(ngram, num_texts, length, target, seed):
+    """-> texts (N, L) whose mean entropy is about `target`, and their temperature: by bisection."""
+    low, high = 0.25, 4.0
+    for _ in range(8):
+        temperature = math.sqrt(low * high)
+        few = ngram.sample(min(num_texts, 256), length, seed, temperature)
+        if np.mean([entropy(row) for row in few]) < target:
+            low = temperature
+        else:
+            high = temperature
+    return ngram.sample(num_texts, length, seed, temperature), temperature
+
+
+def control_rows(measure, data, real, seed):
+    """-> records of the three controls, with as many texts each as `real` (N, L)."""
+    if data.examples or len(data.train) < 2 ** 10:
+        raise BadInput(f"--controls needs plain training text for an n-gram model, which "
+                       f"{data.source} has too little of; leave it out")
+    rng = np.random.default_rng(seed)
+    shuffled = np.stack([shuffle_words(row, data.tokenizer, rng) for row in real])
+    target = np.mean([entropy(row) for row in real])
+    ngrams, temperature = ngram_texts(ngram_of(data), *real.shape, target, seed)
+    repeated = np.repeat(real[:1], len(real), 0)
+    return [measure(shuffled, kind="control", model="real, words shuffled")[0],
+            measure(repeated, kind="control", model="real, one repeated")[0],
+            measure(ngrams, kind="control", model="n-gram", temperature=temperature)[0]]
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
 
-def evaluate_models(nets, data, judge, *, steps, temperatures=None, num_texts=64, seed=1,
-                    metrics=METRICS, mauve=False, judge_name=None, schedules=("even",)):
-    """Records, held-out text first. nets: name -> (net, process, samplers); judge may be None.
-    temperatures: by default the one that sampling has, then 0.2 hotter or 0.1 colder until the curve
-    of each setting has the entropy of held-out text well inside, at most 6; []: that one alone.
-    schedules: see generator.step_times."""
-    if unknown := set(metrics) - set(METRICS):
-        raise BadInput(f"--metrics {' '.join(unknown)}: unknown, choose from {' '.join(METRICS)}")
-    L, n_real = data.block_size, min(num_texts, len(data.val) // data.block_size // 2)
-    if n_real < MIN_TEXTS:
-        raise BadInput(f"{num_texts} texts to write and {n_real} held-out ones: an interval needs "
-                       f"{MIN_TEXTS} of both; raise --num_texts or hold out more text")
-    blocks, is_char = data.val_blocks(2 * n_real).numpy(), data.spec["name"] == "char"
-    groups = min(GROUPS, n_real) if "gm" in metrics else 0
-    reference = judge(blocks[1::2], groups)[3] if judge else None    # blocks[0::2]: the first row
-    known = set(whole_words(data.train_text())) if is_char and "known_words" in metrics else None
-    ngram = ngram_judge(data) if is_char and "ngram_bits" in metrics else None
-    records = []
+class Measure:
+    """measure(tokens (N, L), **setting) -> record, {metric: (1 + RESAMPLES,)}
 
-    def decode(tokens):
-        return [data.tokenizer.decode(row.tolist()) for row in tokens]
+    judges      suffix of their columns -> judge
+    reference   (N, L) held-out tokens that overlap, gm and mauve compare with
+    base        what every record holds
+    metrics     of METRICS, and "mauve"
+    answers     (N, L) tokens, -1 where any will do: what exact_match asks of a model's texts
+    """
 
-    def measure(tokens, **setting):                        # -> record, {name: (1 + RESAMPLES,)}
-        per_text = {"entropy": ([entropy(row) for row in tokens],),
-                    "distinct4": (distinct4(tokens),), "repetition": (repetition(tokens),)}
-        if known:
-            words = [whole_words(text) for text in decode(tokens)]
-            per_text["known_words"] = ([sum(word in known for word in text) for text in words],
-                                       [len(text) for text in words])
-        if ngram:
-            nll, counted, *_ = ngram(tokens)
-            per_text["ngram_bits"] = nll / math.log(2), counted
-        if judge:
-            nll, counted, chars, grads = judge(tokens, groups)
-            per_text |= {"gen_ppl": (nll, counted), "bits_per_char": (nll / math.log(2), chars)}
-            if grads is not None:
-                per_text["gm"] = (gradient_moment(grads, reference),)
-        x = {name: bootstrap(*ab, seed=(seed, len(records))) for name, ab in per_text.items()}
-        if judge:
-            x["gen_ppl"] = np.exp(x["gen_ppl"])
-        record = setting | dict(judge=judge_name, n_texts=len(tokens), seed=seed, block_size=L)
-        for name in METRICS:                               # no gen_ppl goes without its entropy
-            if name in x and name in {*metrics, "entropy"}:
-                record |= summary(name, x[name])
-        if mauve:
-            from mauve import compute_mauve
-            record["mauve"] = float(compute_mauve(
-                p_text=decode(tokens), q_text=decode(blocks[1::2]), verbose=False).mauve)
-        records.append(record)
-        return record, x
+    def __init__(self, data, judges, reference, base, metrics=METRICS, answers=None):
+        self.data, self.judges, self.base, self.answers = data, judges, base, answers
+        self.metrics = set(metrics)
+        if data.spec["name"] != "char":
+            self.metrics -= {"known_words", "ngram_bits"}
+        if "known_words" in self.metrics:
+            self.words = set(whole_words(data.train_text()))
+        self.overlap = overlap(reference).mean()
+        self.reference = {suffix: self.judge(suffix, reference) for suffix in judges}
 
-    record, real = measure(blocks[0::2], model="real text", real=True)
-    target = record["entropy"]
-    settings = [(name, sampler, schedule, n) for name in nets for sampler in nets[name][2]
-                for schedule in schedules for n in steps]
-    for name, sampler, schedule, n in (bar := tqdm(settings, leave=False, disable=None)):
-        (net, process, _), curve = nets[name], []
-        how = {"begins": "words"} if words_first(net, process, schedule) else \
-            {"latent": "gaussian"} if net.config.latent_dim else {}
-        half, own = has_bfloat16(net.device), own_temperature(net, process, n, schedule)
-        net.freeze(torch.bfloat16 if half else None)
-        todo = [*(temperatures or [own])]
+    def judge(self, suffix, tokens):
+        name = self.base["judge" + suffix]
+        try:
+            score = self.judges[suffix](tokens, GROUPS if "gm" in self.metrics else 0)
+        except (RuntimeError, ValueError, LookupError) as error:
+            raise BadInput(f"--judge {name} cannot read the text ({first_line(error)}); take "
+                           "another judge") from None
+        if not (np.isfinite(score.nll).all() and score.tokens.sum()):
+            raise BadInput(f"--judge {name} gives NaN, or sees no token in the text; take another")
+        if "mauve" in self.metrics and score.features is None:
+            raise BadInput(f"--mauve needs the hidden states of a judge and {name} has none: take "
+                           "ar, or leave --mauve out")
+        return score
+
+    def __call__(self, tokens, **setting):
+        record = self.base | setting | {"n_texts": len(tokens)}
+        ratios = {"entropy": ([entropy(row) for row in tokens], 1),
+                  "distinct4": (distinct4(tokens), 1),
+                  "repetition": (repetition(tokens), 1)}
+        if "overlap" in self.metrics:
+            ratios["overlap"] = overlap(tokens) - self.overlap, 1
+        if "known_words" in self.metrics:
+            texts = [whole_words(self.data.tokenizer.decode(row)) for row in tokens.tolist()]
+            known = [sum(word in self.words for word in text) for text in texts]
+            ratios["known_words"] = known, [len(text) for text in texts]
+        if "ngram_bits" in self.metrics:
+            score = ngram_of(self.data)(tokens)
+            ratios["ngram_bits"] = score.nll / math.log(2), score.tokens
+        for suffix, real in self.reference.items():
+            score = self.judge(suffix, tokens)
+            ratios["gen_ppl" + suffix] = score.nll, score.tokens
+            ratios["bits_per_char" + suffix] = score.nll / math.log(2), score.chars
+            if score.grads is not None:
+                ratios["gm" + suffix] = gradient_moment(score.grads, real.grads), 1
+            if "mauve" in self.metrics:
+                record["mauve" + suffix] = mauve(score.features, real.features)
+        if self.answers is not None and setting["kind"] == "model":
+            right = ((tokens == self.answers) | (self.answers < 0)).all(1)
+            record["exact_match"], record["exact_match_ci"] = wilson(int(right.sum()), len(right))
+        resampled = {}
+        for name, (a, b) in ratios.items():
+            x = bootstrap(a, b, record["seed"])
+            resampled[name] = np.exp(x) if name.startswith("gen_ppl") else x
+            record |= summary(name, resampled[name])
+        return record, resampled
+
+
+def write_texts(net, process, prompts, steps, seed, dtype, **choice):
+    """prompts (N, L), -1 where free -> tokens (N, L), mean number of passes.
+
+    In batches of fixed size, each with a generator of its own from (seed, batch): memory is bounded
+    whatever N is, and more texts leave the first batches as they are.
+    """
+    size = max(1, BATCH_TOKENS // prompts.shape[1])
+    batches = []
+    for i, part in enumerate(prompts.split(size)):
+        state = np.random.SeedSequence([seed, i]).generate_state(1)  # 32 bits: torch reads no more
+        rng = torch.Generator().manual_seed(int(state[0]))
+        with torch.autocast(net.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            batches.append(sample(net, process, *part.shape, steps, rng, prompt=part, **choice))
+    tokens, passes = (torch.cat(parts) for parts in zip(*batches))
+    return tokens.numpy(), passes.double().mean().item()
+
+
+def match_entropy(curve, real):
+    """Add gen_ppl_matched, read off the curve of a setting at the entropy of held-out text."""
+    entropies = np.stack([x["entropy"] for _, x in curve], 1)
+    for key in [key for key in real if key.startswith("gen_ppl")]:
+        log_ppls = np.log(np.stack([x[key] for _, x in curve], 1))
+        x = np.array([ppl_at(*point) for point in zip(real["entropy"], entropies, log_ppls)])
+        for record, _ in curve:
+            record |= summary(key.replace("gen_ppl", "gen_ppl_matched"), x)
+
+
+def model_rows(nets, settings, prompts, measure, real, temperatures, sweep):
+    """-> records. nets: name -> (net, process); settings: (name, {"order" or "ending": choice},
+    steps); real: the resampled metrics of held-out text."""
+    records, base = [], measure.base
+    for name, choice, steps in (bar := tqdm(settings, leave=False, disable=None)):
+        curve, todo = [], list(temperatures)
         for temperature in todo:                           # which may grow on the way
-            bar.set_description(f"{name} {sampler} {n} {schedule} steps at {temperature}")
-            rng, began = torch.Generator().manual_seed(seed), time.time()
-            with torch.autocast(net.device.type, dtype=torch.bfloat16, enabled=half):
-                tokens, nfe = sample(net, process, num_texts, L, n, rng, temperature=temperature,
-                                     ending=sampler, schedule=schedule)
-            curve.append(measure(
-                tokens.numpy(), seconds=time.time() - began, model=name, sampler=sampler, steps=n,
-                schedule=schedule, process="mdlm" if isinstance(process, Masked) else "duo",
-                real=False, passes=nfe.double().mean().item(), temperature=temperature,
-                own_temperature=temperature == own, dtype="bfloat16" if half else "float32", **how))
-            if judge and temperatures is None:
-                todo += next_temperature(todo, [r["entropy"] for r, _ in curve], target)
-        if judge and len(curve) > 1:
-            entropies, ppls = (np.stack([x[k] for _, x in curve]).T for k in ("entropy", "gen_ppl"))
-            matched = np.array([*map(ppl_at, real["entropy"], entropies, np.log(ppls))])
-            for record, _ in curve:
-                record |= summary("gen_ppl_matched", matched)
+            bar.set_description(f"{name} {' '.join(choice.values())} {steps} at {temperature:g}")
+            began = time.time()
+            tokens, passes = write_texts(*nets[name], prompts, steps, base["seed"], base["dtype"],
+                                         temperature=temperature, **choice)
+            curve.append(measure(tokens, kind="model", model=name, **choice, steps=steps,
+                                 passes=passes, temperature=temperature,
+                                 seconds=time.time() - began))
+            if sweep:
+                entropies = [record["entropy"] for record, _ in curve]
+                todo += next_temperature(todo, entropies, real["entropy"][0])
+        if len(curve) > 1:
+            match_entropy(curve, real)
+        records += [record for record, _ in curve]
     return records
 
 
-# ---- tables and figures -------------------------------------------------------------------------
+# ---- records and table --------------------------------------------------------------------------
 
-def load_records(path):
-    if not Path(path).exists():
-        raise BadInput(f"there are no records at {path}: write them with python evaluate.py")
-    found = json.loads(Path(path).read_text())
-    return found["records"] if isinstance(found, dict) else found
+def read_records(path):
+    """A list of records, or a dict as in eval.json, whose provenance then goes into each record."""
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(records, dict):
+            records = [records["provenance"] | record for record in records["records"]]
+        if not all(isinstance(record, dict) for record in records):
+            raise TypeError("an entry is no record")
+    except (ValueError, TypeError, LookupError) as error:
+        raise BadInput(f"{path} is no JSON list of records ({first_line(error)}); it stays as it "
+                       "is: repair it or name another file") from None
+    return records
 
 
-def write_json(path, found):                               # a record a line
-    text = json.dumps(found, allow_nan=False).replace('{"', '\n{"') + "\n"
-    checkpoint.write_whole(path, lambda file: file.write(text.encode()))
-
-
-def average(records):
-    """A row per setting. Records that differ in seed, provenance and results (floats) alone are
-    its runs: their mean, and as interval mean -+ standard deviation."""
-    groups, rows = {}, []
-    for r in records:
-        key = {k: v for k, v in r.items() if k not in {*PROVENANCE, "train_command"}
-               and v is not None and (k in SETTINGS or not isinstance(v, (float, list)))}
-        groups.setdefault(repr(sorted(key.items())), []).append(r)
-    for runs in groups.values():
-        rows.append(dict(runs[0], runs=len(runs)))
-        for key in {k for r in runs[1:] for k in r} - SETTINGS:
-            values = [r.get(key) for r in runs]
-            if None in values:                             # no mean of the runs that reached it
-                rows[-1][key] = None
-            elif all(isinstance(value, float) for value in values):
-                mean, sd = float(np.mean(values)), float(np.std(values, ddof=1))
-                rows[-1] |= {key: mean, key + "_ci": [mean - sd, mean + sd]}
-    return rows
+def append_records(path, records):
+    with FileLock(f"{path}.lock"):
+        earlier = read_records(path) if path.exists() else []
+        checkpoint.write_json(path, earlier + records)
 
 
 def cell(record, key):
-    value, ci = record.get(key), record.get(key + "_ci")
-    if key == "gen_ppl_matched" and key in record and value is None:
-        return "not reached"                               # the sweep misses held-out entropy
+    """12.3 ±0.4: the value and half its interval."""
+    value, interval = record.get(key), record.get(key + "_ci")
+    if value is None:
+        return "not reached" if "matched" in key and key in record else "–"
     if not isinstance(value, float):
-        return "–" if value is None else str(value)
+        return str(value)
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    if ci and record.get("runs", 1) > 1:
-        if ci[1] == value:
-            return text
-        return f"{text} ± {ci[1] - value:.2g}"
-    if ci and key.startswith("gen_ppl"):
-        text += " [{}, {}]".format(*("open" if end is None else f"{end:.3g}" for end in ci))
+    if interval:
+        text += " ±open" if None in interval else f" ±{(interval[1] - interval[0]) / 2:.2g}"
     return text
 
 
-def at_own_temperature(record):                            # of sampling; of real text: none
-    return record.get("own_temperature", record.get("temperature") in (None, 1))
-
-
-def records_table(records, columns=TABLES[""]):
+def records_table(records, columns=COLUMNS):
     """Aligned markdown, for the terminal too; without the columns that no record has."""
-    columns = [c for c in columns.split() if any(c in r for r in records)]
-    rows = [columns] + [[cell(r, c) for c in columns] for r in records]
-    width = [max(map(len, column)) for column in zip(*rows)]
-    rows.insert(1, ["-" * w for w in width])
-    return "\n".join(f"| {' | '.join(map(str.ljust, row, width))} |" for row in rows)
+    keys = [column + suffix for column in columns.split() for suffix in SUFFIXES]
+    keys = [key for key in keys if any(key in record for record in records)]
+    lines = [keys] + [[cell(record, key) for key in keys] for record in records]
+    width = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * w for w in width])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, width))} |" for line in lines)
 
 
-def rewrite_tables(readme="README.md", results="results"):
-    """Fill every block between <!-- table:NAME --> and <!-- /table:NAME --> from NAME.json."""
-    def block(match):
-        begin, name, end = match.groups()
-        file, _, key = name.partition(".")
-        records = load_records(Path(results, file + ".json"))
-        rows = average([r for r in records if VIEWS & r.keys() == {key} - {""}])
-        if "temperature" not in (columns := TABLES.get(name, TABLES[""])):
-            rows = [r for r in rows if at_own_temperature(r)]
-        runs = {r["runs"] for r in rows if not r.get("real")} or {1}
-        many = " or ".join(str(n) for n in sorted(runs) if n > 1)
-        what = f"mean ± standard deviation of {many} runs, " * bool(many) + \
-            "one run, in brackets 95 % intervals over texts where there are any" * (1 in runs)
-        what = what.strip(", ").replace("s, one", "s; else one")
-        return f"{begin}\n{records_table(rows, columns)}\n\n`results/{file}.json`: {what}\n{end}"
-    text = re.sub(r"(<!-- table:([\w.]+) -->).*?(<!-- /table:\2 -->)", block,
-                  Path(readme).read_text(), flags=re.DOTALL)
-    checkpoint.write_whole(readme, lambda file: file.write(text.encode()))
-
-
-def plot(records, folder="assets"):
-    """quality_vs_passes.png: gen_ppl against passes, the matched one where there was a sweep, else
-    that of sampling's own temperature with its entropies. frontier.png: gen_ppl against entropy."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
-    rows = [r for r in average(records) if r.get("gen_ppl") and not VIEWS & r.keys()]
-    if not (real := [r for r in rows if r.get("real")]) or len(real) == len(rows):
-        raise BadInput("there is no gen_ppl to plot: evaluate with a judge first")
-    matched = any(r.get("gen_ppl_matched") for r in rows)
-    mixed = len({r.get("schedule", "linear") for r in rows if r not in real}) > 1
-    for name, x, y in (("quality_vs_passes", "passes", "gen_ppl" + "_matched" * matched),
-                       ("frontier", "entropy", "gen_ppl")):
-        figure, lines, colors = Figure((7.5, 5), dpi=180, layout="constrained"), {}, {}
-        ax = figure.subplots()
-        for r in rows:
-            if r not in real and r.get(y) and (x == "entropy" or at_own_temperature(r)):
-                how = " ".join(str(r[k]) for k in ("latent", "start", "update") if r.get(k))
-                line = f"{r['process']} {r['model']} {how}, {r['sampler']}".replace(" ,", ",")
-                line += f", {r.get('schedule', 'linear')} steps" * mixed
-                line = line, r["steps"] * (x == "entropy")
-                lines.setdefault(line, []).append(r)
-        for (model, steps), line in lines.items():
-            found = [r["entropy"] for r in line]
-            label = None if model in colors else model + (
-                "" if matched or x == "entropy" else
-                f", entropy {min(found):.2f} to {max(found):.2f}")
-            color = colors.setdefault(model, f"C{len(colors)}")
-            bars = [[abs(r[y] - (end or r[y])) for end in r[y + "_ci"]] for r in line]
-            ax.errorbar([r[x] for r in line], [r[y] for r in line], np.transpose(bars), marker="o",
-                        ms=4, lw=1.3, elinewidth=0.8, capsize=2, color=color, label=label)
-            if x == "entropy":
-                ax.annotate(steps, (line[-1][x], line[-1][y]), (5, 3), color=color, fontsize=7,
-                            textcoords="offset points")
-        ax.axhline(real[0]["gen_ppl"], color="black", ls="--", lw=1,
-                   label=f"held-out text, entropy {real[0]['entropy']:.2f}")
-        if x == "entropy":
-            ax.axvline(real[0][x], color="black", ls="--", lw=1)
-            ax.set_xlabel("entropy, nats (along a line: temperature; at its end: steps)")
-        else:
-            ax.set_xscale("log", base=2)
-            ax.set_xlabel("network passes")
-            ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(yscale="log", ylabel=f"{y}, judge {real[0]['judge']}")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-        ax.grid(alpha=0.25, which="both")
-        ax.spines[["top", "right"]].set_visible(False)
-        figure.legend(frameon=False, fontsize=6.5, loc="outside lower center", ncols=2)
-        figure.savefig(Path(folder, name + ".png"))
+def disagreement(records, key):
+    """A sentence on the rows that the judge of `key` orders otherwise than the first, or ""."""
+    swapped = []
+    for a, b in combinations([r for r in records if r["gen_ppl"] and r[key]], 2):
+        first, other = math.log(a["gen_ppl"] / b["gen_ppl"]), math.log(a[key] / b[key])
+        if first * other < 0:
+            labels = [" ".join(cell(r, k) for k in COLUMNS.split()[:4] if k in r) for r in (a, b)]
+            swapped.append((min(abs(first), abs(other)), " and ".join(labels)))
+    return swapped and (f"gen_ppl and {key}, two judges, order {len(swapped)} pairs of rows "
+                        f"differently, most of all {max(swapped)[1]}")
 
 
 # ---- command line -------------------------------------------------------------------------------
 
-def short_table(out, process, device, seed):
-    """What training ends with: each model's own temperature, no judge that needs training."""
-    spec = checkpoint.load(Path(out, "teacher.pt"))["tokenizer"]
-    main(["--out", str(out), "--process", process, "--device", str(device), "--seed", str(seed),
-          "--temperatures", "--ending", "greedy", "--metrics", "bits_per_char", "known_words",
-          "--judge", "ngram" if spec["name"] == "char" else "none"])
-
-
-def parse_args(argv):
+def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
-    add("--process", choices=STEPS, default="mdlm")
+    add("--process", choices=("mdlm", "duo"), default="mdlm")
     add("--out", type=Path, help="run folder, default out/<process>")
     add("--models", nargs="+", choices=MODELS, help="default: all that are there")
     add("--init_from", help="one more model: a checkpoint, folder or hub name")
-    add("--data", default="", help="default: what the model was trained on")
-    add("--judge", default="ar", help="see above")
-    add("--steps", nargs="+", type=int, help=f"network passes at most, default {STEPS}")
-    add("--temperatures", nargs="*", type=float,
-        help="default: sampling's own, then whatever brackets the entropy of held-out text; no\n"
-             "number: its own alone")
-    add("--ending", nargs="+", choices=("ancestral", "greedy", "greedy-published"),
-        default=["ancestral", "greedy"], help="last step of the uniform process")
-    add("--schedule", nargs="+", choices=SCHEDULES, help="of the steps, default even; see sample.py")
-    add("--num_texts", type=int, help="per setting, default 64 on a CPU, else 512")
-    add("--metrics", nargs="+", default=METRICS, help=" ".join(METRICS))
-    add("--mauve", action="store_true", help="MAUVE too, where mauve-text is installed")
+    add("--data", help="default: what the model was trained on")
+    add("--cache", default="out/cache", help="folder of tokenised text")
+    add("--judge", nargs="+", default=["ar"], help="see above")
+    add("--steps", nargs="+", type=int, help=f"passes at most, default {STEPS}; the masked teacher "
+        f"also {TEACHER_STEPS}")
+    add("--temperatures", nargs="+", type=float, default=[1.0], help="default 1")
+    add("--sweep", action="store_true", help="more of them, to held-out entropy; at most 6")
+    add("--order", nargs="+", choices=ORDERS, default=ORDERS, help="masked process, else all")
+    add("--ending", nargs="+", choices=ENDINGS, default=ENDINGS, help="uniform process, else all")
+    add("--num_texts", type=int, help="a row, default 64 on a CPU, else 512")
+    add("--metrics", nargs="*", choices=METRICS, default=METRICS, help="beside gen_ppl, "
+        "bits_per_char, entropy, distinct4 and repetition")
+    add("--mauve", action="store_true", help="MAUVE too, of a judge's hidden states")
+    add("--controls", action="store_true", help="three kinds of text that some column must expose")
+    add("--exact_match", action="store_true", help="of examples: share of right answers")
     add("--records", type=Path, help="append the records to this list, such as results/laptop.json")
-    add("--plot", nargs="?", const="", metavar="JSON", help="draw JSON, or out/<process>/eval.json")
-    add("--table", action="store_true", help="rewrite the tables of both README.md")
+    add("--plot", nargs="+", metavar="JSON", help="only draw these records: assets/<first>.png")
     add("--seed", type=int, default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
+    add("--dtype", choices=("bfloat16", "float32", "float64"), help="of sampling, default bfloat16 "
+        "where it pays")
+    add("--no-compile", action="store_true", help="nothing compiles")
     args = p.parse_args(argv)
     args.out = args.out or Path("out", args.process)
-    if min(args.steps or [1]) < 1 or min(args.temperatures or [1]) <= 0:
-        raise BadInput(f"--steps {args.steps} --temperatures {args.temperatures}: use positives")
-    if args.mauve and not find_spec("mauve"):
-        raise BadInput("--mauve needs a package: pip install mauve-text")
+    args.teacher_steps = TEACHER_STEPS if args.process == "mdlm" and not args.steps else []
+    args.steps = args.steps or STEPS
+    check_args(args)
     return args
+
+
+def check_args(args):
+    if min(args.steps) < 1 or not all(0 < t < math.inf for t in args.temperatures):
+        raise BadInput(f"--steps {args.steps} --temperatures {args.temperatures}: use positives")
+    if not 0 <= args.seed < 2 ** 32:
+        raise BadInput(f"--seed {args.seed}: choose one from 0 to {2 ** 32 - 1}")
+    if len(args.judge) > len(SUFFIXES) or "none" in args.judge[not (args.sweep or args.mauve):]:
+        raise BadInput(f"--judge {' '.join(args.judge)}: give {len(SUFFIXES)} at most, and none "
+                       "stands alone, without --sweep and --mauve")
+    if args.mauve and not find_spec("mauve"):
+        raise BadInput("--mauve needs a package: pip install -r requirements-eval.txt")
+    if args.records and args.records.exists():
+        read_records(args.records)                         # before the hours of work, not after
+
+
+def load_models(args, device, dtype):
+    """-> {name: (net, process)}, {name: meta}"""
+    names = args.models or [n for n in MODELS if (args.out / f"{n}.pt").exists()]
+    if not (args.models or args.init_from or "idlm" in names):
+        raise BadInput(f"there is no generator in {args.out} yet: run python train.py first, or "
+                       "name what there is with --models")
+    paths = {name: args.out / f"{name}.pt" for name in names}
+    if args.init_from:
+        paths[args.init_from] = args.init_from
+    nets, metas = {}, {}
+    for name, path in paths.items():
+        net, metas[name] = checkpoint.load_network(path, device, args.process)
+        if dtype == "float64":
+            net.double()
+        net.freeze(torch.bfloat16 if dtype == "bfloat16" else None)
+        nets[name] = net, checkpoint.make_process(metas[name])
+    return nets, metas
+
+
+def load_data(args, metas):
+    meta = next(iter(metas.values()))
+    source = args.data or meta.get("data")
+    if not source:
+        raise BadInput(f"{args.init_from} does not say which text to compare with: add --data")
+    data = TextData(source, meta["tokenizer"]["name"], meta["block_size"], cache=args.cache)
+    for name, meta in metas.items():
+        if meta["tokenizer"] != data.spec:
+            raise BadInput(f"{name} has another tokenizer than {source}: give its own --data")
+        if meta.get("data_key") != data.key:
+            print(f'note: {name} was not trained on {source} as it is: what is "held-out" of it '
+                  "may have been trained on")
+    if args.exact_match and not data.examples:
+        raise BadInput(f"--exact_match needs examples with answers, and {source} has none")
+    return data
+
+
+def held_out(data, num_texts, least):
+    """-> two halves of held-out blocks (N, L); of the first one, prompts and answers (N, L), -1
+    where free."""
+    blocks = data.val_blocks(2 * num_texts).x_0.numpy()
+    n = len(blocks) // 2
+    if n < least:
+        raise BadInput(f"{n} texts a row, by --num_texts or as half of the held-out ones: an "
+                       f"interval needs {GROUPS}, and MAUVE {MIN_MAUVE} for ten clusters")
+    prompts, answers = np.full((2, n, data.block_size), -1)
+    examples = data.val_examples(2 * num_texts)[:2 * n:2] if data.examples else []
+    for i, example in enumerate(examples):
+        prompt, answer = (encode(data.tokenizer, text) for text in example)
+        prompts[i, :len(prompt)] = prompt
+        answers[i, len(prompt):len(prompt) + len(answer)] = answer
+    return blocks[:2 * n:2], blocks[1:2 * n:2], torch.from_numpy(prompts), answers
+
+
+def settings_of(args, names, length):
+    key, choices = ("order", args.order) if args.process == "mdlm" else ("ending", args.ending)
+    settings = []
+    for name, choice in product(names, choices):
+        steps = args.steps + args.teacher_steps * (name == "teacher")
+        if choice == "even":                               # a step reveals a position or more
+            steps = [min(n, length) for n in steps]
+        settings += [(name, {key: choice}, n) for n in sorted({*steps})]
+    return settings
+
+
+def evaluate(args, columns=COLUMNS):
+    """Everything between the flags and the table."""
+    device = checkpoint.pick_device(args.device)
+    dtype = checkpoint.pick_dtype(args.dtype, device)
+    torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
+    rows.COMPILE = device.type == "cuda" and not args.no_compile
+    nets, metas = load_models(args, device, dtype)
+    data = load_data(args, metas)
+    num_texts = args.num_texts or (64 if device.type == "cpu" else 512)
+    texts, reference, prompts, answers = held_out(
+        data, num_texts, MIN_MAUVE if args.mauve else GROUPS)
+    base = {"process": args.process, "block_size": data.block_size, "seed": args.seed,
+            "dtype": dtype}
+    judges = {}
+    for suffix, name in zip(SUFFIXES, args.judge):
+        base["judge" + suffix] = name
+        if name != "none":
+            judges[suffix] = load_judge(name, args, device, data)
+    measure = Measure(data, judges, reference, base, [*args.metrics, *["mauve"] * args.mauve],
+                      answers if args.exact_match else None)
+    real, resampled = measure(texts, kind="real", model="real text" + " (other half)" * args.mauve)
+    records = [real]
+    if args.controls:
+        records += control_rows(measure, data, texts, args.seed)
+    records += model_rows(nets, settings_of(args, nets, data.block_size), prompts, measure,
+                          resampled, args.temperatures, args.sweep)
+    provenance = checkpoint.provenance(args.seed, device)
+    checkpoint.write_json(args.out / "eval.json", {"provenance": provenance, "records": records})
+    if args.records:
+        append_records(args.records, [provenance | record for record in records])
+    print(records_table(records, columns))
+    print(f"{len(texts)} texts of {data.block_size} tokens a row; judge {' and '.join(args.judge)}; "
+          f"± half of the 95 % interval over texts; more in {args.out / 'eval.json'}")
+    for suffix in list(judges)[1:]:
+        print(disagreement(records, "gen_ppl" + suffix) or "both judges order the rows alike")
+
+
+def short_table(out, process, device, seed, no_compile=False, cache="out/cache"):
+    """What training ends with: few rows and texts, and no judge that needs training."""
+    try:
+        spec = checkpoint.load(Path(out, "teacher.pt"))["tokenizer"]
+        args = parse_args([
+            f"--out={out}", f"--process={process}", f"--seed={seed}", f"--cache={cache}",
+            f"--device={device}", "--steps", "4", "16", "--ending=map", "--num_texts=40",
+            "--metrics=known_words", "--judge=ngram" if spec["name"] == "char" else "--judge=none"])
+        args.no_compile, args.teacher_steps = no_compile, TEACHER_STEPS
+        evaluate(args, "model order ending steps passes bits_per_char entropy distinct4 repetition "
+                       "known_words")
+    except (BadInput, OSError) as error:
+        print(f"no table: {error}")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.table:
-        for page in filter(Path.exists, map(Path, ("README.md", "results/README.md"))):
-            rewrite_tables(page)
-    if args.plot is not None:
-        plot(load_records(args.plot or args.out / "eval.json"))
-    if args.table or args.plot is not None:
-        return
-    device = pick_device(args.device)
-    torch.set_float32_matmul_precision("high")
-    # In few steps the uniform sampler asks the head at most rows: fused, at half the memory traffic.
-    idlm_loss.COMPILE = device.type == "cuda" and args.process == "duo"
-    torch._dynamo.config.cache_size_limit = 64
-    names = args.models or [n for n in MODELS if (args.out / f"{n}.pt").exists()]
-    if not args.models and not args.init_from and "idlm" not in names:
-        raise BadInput(f"there is no generator in {args.out} yet: run python train.py first, or "
-                       "name what there is with --models")
-    paths = {n: args.out / f"{n}.pt" for n in names}
-    if args.init_from:
-        paths[args.init_from] = args.init_from
-    loaded = {n: checkpoint.load_network(path, device, args.process) for n, path in paths.items()}
-    meta = next(iter(loaded.values()))[1]
-    meta["data"] = args.data or meta.get("data")
-    if not meta["data"]:
-        raise BadInput(f"{args.init_from} does not say which text to compare with: add --data")
-    data = TextData(meta["data"], meta["tokenizer"]["name"], meta["block_size"])
-    if wrong := [n for n in loaded if loaded[n][1]["tokenizer"] != data.spec]:
-        raise BadInput(f"{wrong[0]} has another tokenizer than {meta['data']}: give its own --data")
-    endings = args.ending if args.process == "duo" else ["ancestral"]
-    nets = {n: (net, checkpoint.make_process(m), endings) for n, (net, m) in loaded.items()}
-    judge = find_judge(args.judge, data, device, args.out, meta)
-    # even steps of the masked process are no more than there are positions
-    most = math.inf if args.process == "duo" else meta["block_size"]
-    args.steps = args.steps or [n for n in STEPS[args.process] if n <= most]
-    records = evaluate_models(
-        nets, data, judge, steps=args.steps, temperatures=args.temperatures, seed=args.seed,
-        num_texts=args.num_texts or (64 if device.type == "cpu" else 512), metrics=args.metrics,
-        mauve=args.mauve, judge_name=args.judge,
-        schedules=args.schedule or ["even" if args.process == "mdlm" else "linear"])
-    provenance = checkpoint.provenance(args.seed, device) | {"judge": args.judge}
-    write_json(args.out / "eval.json", {"provenance": provenance, "records": records})
-    if args.records:
-        earlier = load_records(args.records) if args.records.exists() else []
-        write_json(args.records, earlier + [provenance | r for r in records])
-    print(f"{records_table(records)}\n{records[0]['n_texts']} texts of {data.block_size} tokens a "
-          f"row, judge {args.judge}; all intervals in {args.out / 'eval.json'}")
+    if args.plot:
+        from experiments.tables import plot
+        return plot(args.plot)
+    evaluate(args)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as error:
-        sys.exit(f"evaluate.py: {error}")
+    checkpoint.run_script(main)

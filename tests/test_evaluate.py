@@ -1,11 +1,11 @@
-"""Metrics, judges, intervals, tables and figures.    python -m pytest tests/test_evaluate.py"""
+"""Metrics, judges, controls, records, table and figure.    python -m pytest tests/test_evaluate.py"""
 import json
 import math
-import random
-import subprocess
+import re
 import sys
 import types
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,30 +16,34 @@ import checkpoint
 import evaluate
 import train
 from data import BadInput, TextData
-from evaluate import bootstrap, entropy, ngram_judge, ppl_at, summary
+from evaluate import NGram, Score, bootstrap, entropy, ppl_at, summary
+from experiments import tables
 from generator import Sample
 from model import DiT, ModelConfig
-from teacher import Masked, Uniform
+from teacher import Masked
 
 ROOT = Path(__file__).resolve().parent.parent
 L = 32
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """200,000 characters of Shakespeare in blocks of L."""
+    """200,000 characters of Shakespeare in blocks of L: 250 of them are held out."""
     folder = tmp_path_factory.mktemp("data")
-    text = (ROOT / "data/shakespeare.txt").read_text()[:200_000]
-    (folder / "text.txt").write_text(text)
-    found = TextData(str(folder / "text.txt"), "char", L, cache=str(folder / "cache"))
-    found.path = folder / "text.txt"
-    return found
+    text = (ROOT / "data/shakespeare.txt").read_text(encoding="utf-8")[:200_000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    return TextData(str(folder / "text.txt"), "char", L, cache=str(folder / "cache"))
+
+
+@pytest.fixture(scope="module")
+def ngram(data):
+    return NGram(data, 6)
 
 
 def tiny(vocab_size, causal=False, seed=0):
     """A network whose output does depend on its input (a fresh one predicts the flat row)."""
     torch.manual_seed(seed)
-    net = DiT(ModelConfig(vocab_size, num_layers=2, num_heads=2, width=16, cond_dim=8,
+    net = DiT(ModelConfig(vocab_size, num_layers=2, num_heads=2, width=16, cond_dim=8, dropout=0.0,
                           causal=causal))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -57,6 +61,11 @@ def causal_judge(net):
     return evaluate.neural_judge(net.device, forward, list, lambda ids: "x" * len(ids))
 
 
+BASE = {"process": "mdlm", "block_size": L, "seed": 1, "dtype": "float32", "judge": "a judge"}
+COLUMNS = ("gen_ppl bits_per_char entropy distinct4 repetition overlap known_words "
+           "ngram_bits").split()
+
+
 # ---- metrics ------------------------------------------------------------------------------------
 
 def test_examples_of_the_docstrings():
@@ -65,11 +74,25 @@ def test_examples_of_the_docstrings():
     assert evaluate.repetition(codes("ababab", "abcdef")) == pytest.approx([1 / 3, 0])
     assert evaluate.distinct4(codes("abcde", "abcdf")) == pytest.approx([0.75, 0.75])
     assert evaluate.distinct4(codes("abcde", "abcde", "vwxyz")).mean() == pytest.approx(4 / 6)
+    assert evaluate.overlap(codes("abcde", "abcdf")) == pytest.approx([0.5, 0.5])
+    assert evaluate.overlap(codes("abcdef", "abcdxx", "abcdab")) == pytest.approx([1 / 3] * 3)
+    assert evaluate.overlap(codes("aaaaab", "aaaaaa")) == pytest.approx([0.5, 1])   # different ones
     assert evaluate.whole_words("he cat's mew") == ["cat's"]
     assert evaluate.whole_words("\nO, 'tis 3 x_y!") == ["O", "'tis", "x", "y"]
+    assert evaluate.whole_words("cut") == evaluate.whole_words("") == []
     g, r = np.array([[1.0], [3.0]]), np.array([[0.0], [1.0]])
     assert evaluate.gradient_moment(g, r).mean() == pytest.approx(2)
     assert ppl_at(2.6, np.array([2.5, 2.7]), np.array([1.0, 1.4])) == pytest.approx(math.exp(1.2))
+
+
+def test_wilson_interval_solves_its_equation():
+    """Its ends are the shares q for which (p - q)^2 = z^2 q (1 - q) / n."""
+    for right, n in ((0, 10), (3, 10), (10, 10), (450, 1000)):
+        p, ends = evaluate.wilson(right, n)
+        assert p == right / n
+        for q in ends:
+            assert (p - q) ** 2 == pytest.approx(1.96 ** 2 * q * (1 - q) / n, abs=1e-12)
+        assert ends[0] <= p <= ends[1] and ends[0] < ends[1]
 
 
 def test_four_grams_of_large_vocabularies_stay_apart():
@@ -77,8 +100,10 @@ def test_four_grams_of_large_vocabularies_stay_apart():
     x = np.random.default_rng(0).choice([0, 1, 255, 65_535, 50_256], (5, 60))
     tuples = [tuple(row[i:i + 4]) for row in x.tolist() for i in range(57)]
     assert evaluate.distinct4(x).mean() == pytest.approx(len(set(tuples)) / len(tuples))
-    per_text = [len(set(tuples[57 * i:57 * i + 57])) / 57 for i in range(5)]
-    assert evaluate.repetition(x) == pytest.approx([1 - share for share in per_text])
+    texts = [set(tuples[57 * i:57 * i + 57]) for i in range(5)]
+    assert evaluate.repetition(x) == pytest.approx([1 - len(text) / 57 for text in texts])
+    after = texts[1:] + texts[:1]
+    assert evaluate.overlap(x) == pytest.approx([len(a & b) / len(a) for a, b in zip(texts, after)])
 
 
 def test_gradient_moment_is_unbiased():
@@ -91,11 +116,11 @@ def test_gradient_moment_is_unbiased():
     g = rng.normal(size=(2000, 8, 50)) * math.sqrt(0.5) + 0.1
     values = [evaluate.gradient_moment(a, b) for a, b in zip(g, r)]
     assert abs(np.mean(values) - 0.5) < 0.15
-    found = iter(values)
-    assert coverage(0.5, lambda: (next(found),), 200) > 0.85
+    drawn = iter(values)
+    assert coverage(0.5, lambda: (next(drawn),), 200) > 0.85
 
 
-def coverage(truth, draw, n=400):
+def coverage(truth, draw, n):
     hit = 0
     for i in range(n):
         x = bootstrap(*draw(), seed=i)
@@ -105,15 +130,15 @@ def coverage(truth, draw, n=400):
 
 
 def test_interval_covers_what_it_should():
-    """Ratios of a known mean (exponential sums over random lengths), 50 texts. Percentile intervals
-    of 50 skewed values cover about 0.93 of the time; 400 trials have sd 0.013, so [0.88, 0.985] is
-    missed with odds below 1e-4, while an interval half as wide covers 0.67."""
+    """Ratios of a known mean (gamma sums over random lengths), 50 texts. Percentile intervals of 50
+    skewed values cover about 0.93 of the time; 400 trials have sd 0.013, so [0.88, 0.985] is missed
+    with odds below 1e-4, while an interval half as wide covers 0.67."""
     rng = np.random.default_rng(0)
 
     def draw():
         b = rng.integers(5, 15, 50)
         return rng.gamma(b * 1.0, 2.0), b
-    assert 0.88 < coverage(2.0, draw) < 0.985
+    assert 0.88 < coverage(2.0, draw, 400) < 0.985
 
 
 def test_interval_of_distinct4():
@@ -122,10 +147,10 @@ def test_interval_of_distinct4():
     them, and not one miss has odds of 0.95^300 = 2e-7."""
     rng = np.random.default_rng(0)
     p = 1 / np.arange(1, 13) ** 1.2
-    drawn = [evaluate.distinct4(rng.choice(12, (30, 40), p=p / p.sum())) for _ in range(300)]
-    truth = np.mean([d.mean() for d in drawn])
-    found = iter(drawn)
-    assert 0.88 < coverage(truth, lambda: (next(found),), 300) < 1
+    draws = [evaluate.distinct4(rng.choice(12, (30, 40), p=p / p.sum())) for _ in range(300)]
+    truth = np.mean([d.mean() for d in draws])
+    drawn = iter(draws)
+    assert 0.88 < coverage(truth, lambda: (next(drawn),), 300) < 1
 
 
 def test_matched_gen_ppl_never_extrapolates():
@@ -136,146 +161,11 @@ def test_matched_gen_ppl_never_extrapolates():
         assert ppl_at(target, H, 3 * H - 5) == pytest.approx(math.exp(3 * target - 5))
     assert ppl_at(2.49, H, 3 * H - 5) == -np.inf and ppl_at(2.91, H, 3 * H - 5) == np.inf
     targets = np.concatenate([[2.85], np.random.default_rng(0).normal(2.85, 0.04, 1000)])
-    found = summary("m", np.array([ppl_at(t, H, 3 * H - 5) for t in targets]))
-    assert found["m"] == pytest.approx(math.exp(3.55))
-    low, high = found["m_ci"]
+    matched = summary("m", np.array([ppl_at(t, H, 3 * H - 5) for t in targets]))
+    assert matched["m"] == pytest.approx(math.exp(3.55))
+    low, high = matched["m_ci"]
     assert high is None and low == pytest.approx(math.exp(3 * 2.77 - 5), rel=0.05)
     assert summary("m", np.full(1001, np.inf)) == {"m": None, "m_ci": [None, None]}
-
-
-def test_real_shuffled_and_repeated_text_are_told_apart(data):
-    """By disjoint 95 % intervals of at least one metric each."""
-    real = data.val_blocks(64).numpy()
-    rng = np.random.default_rng(0)
-    kinds = {"real": real, "shuffled": rng.permuted(real, axis=1),
-             "repeated": np.tile(real[:, :8], (1, L // 8)),
-             "copies": np.repeat(real[:1], len(real), 0)}
-    score, found = ngram_judge(data), {}
-    for kind, x in kinds.items():
-        nll, counted, *_ = score(x)
-        found[kind] = {"bits": bootstrap(nll, counted),
-                       "repetition": bootstrap(evaluate.repetition(x)),
-                       "entropy": bootstrap([entropy(row) for row in x]),
-                       "distinct4": bootstrap(evaluate.distinct4(x))}
-    ends = {kind: {k: summary(k, x)[k + "_ci"] for k, x in m.items()} for kind, m in found.items()}
-    assert ends["shuffled"]["bits"][0] > ends["real"]["bits"][1] + 1
-    assert ends["repeated"]["repetition"][0] > 0.5 > ends["real"]["repetition"][1]
-    assert ends["repeated"]["entropy"][1] < ends["real"]["entropy"][0]
-    assert ends["copies"]["distinct4"][1] < 0.1 < ends["real"]["distinct4"][0]
-    assert ends["shuffled"]["entropy"] == pytest.approx(ends["real"]["entropy"])   # same characters
-
-
-# ---- judges -------------------------------------------------------------------------------------
-
-def test_causal_judge_against_step_by_step_scoring():
-    """Token i + 1 from a pass over tokens <= i alone, in batches of any size; and no look ahead."""
-    net = tiny(11, causal=True)
-    x = np.random.default_rng(0).integers(0, 11, (5, 9))
-    nll, counted, chars, grads = causal_judge(net)(x, groups=2)
-    for row, total in zip(torch.from_numpy(x), nll):
-        steps = 0.0
-        for i in range(1, 9):
-            logits = net(row[None, :i], torch.zeros(1))[0, -1]
-            steps -= logits.double().log_softmax(-1)[row[i]].item()
-        assert total == pytest.approx(steps, rel=1e-5)
-    assert counted.tolist() == chars.tolist() == [8] * 5
-    again, _, _, none = causal_judge(net)(x)
-    assert again == pytest.approx(nll, rel=1e-6) and none is None and grads.shape == (2, 11 * 16)
-
-
-def test_gradients_of_the_judge_against_autograd():
-    net = tiny(11, causal=True)
-    x = torch.randint(0, 11, (6, 9))
-    grads = causal_judge(net)(x.numpy(), groups=3)[3]
-    for i in range(3):
-        part = x[2 * i:2 * i + 2]
-        loss = torch.nn.functional.cross_entropy(net(part, torch.zeros(2))[:, :-1].flatten(0, 1),
-                                                 part[:, 1:].flatten())
-        wanted, = torch.autograd.grad(loss, net.output_layer.linear.weight)
-        assert grads[i] == pytest.approx(wanted.flatten().numpy(), abs=1e-6)
-
-
-def test_a_pretrained_judge_reads_text_with_its_own_tokenizer(data, monkeypatch):
-    """A stand-in for transformers whose tokenizer drops spaces: texts of different lengths are
-    padded without effect and cut at the longest input; nothing foreign is executed on loading."""
-    net, asked = tiny(200, causal=True), []
-
-    def own_ids(text):
-        return [ord(c) % 200 for c in text if c != " "]
-
-    class Tokenizer:
-        def __call__(self, text, add_special_tokens, truncation, max_length):
-            assert truncation and not add_special_tokens
-            return types.SimpleNamespace(input_ids=own_ids(text)[:max_length])
-
-        def decode(self, ids, clean_up_tokenization_spaces):
-            return "?" * len(ids)
-
-    class Model(torch.nn.Module):
-        config = types.SimpleNamespace(max_position_embeddings=20)
-
-        def forward(self, x, output_hidden_states):
-            h = net.hidden(x, torch.zeros(len(x)))
-            return types.SimpleNamespace(hidden_states=(None, h), logits=net.project(h))
-
-    def loader(what):
-        return types.SimpleNamespace(from_pretrained=lambda name, **kw: asked.append(kw) or what)
-    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(
-        AutoTokenizer=loader(Tokenizer()), AutoModelForCausalLM=loader(Model())))
-    score = evaluate.find_judge("gpt2-large", data, torch.device("cpu"), None, {})
-    assert all(kw["trust_remote_code"] is False for kw in asked) and asked[1]["use_safetensors"]
-    x = data.val_blocks(4).numpy()
-    nll, counted, chars, grads = score(x, 2)
-    for row, total, n in zip(x, nll, counted):
-        ids = torch.tensor([own_ids(data.tokenizer.decode(row.tolist()))[:20]])
-        log_p = net(ids, torch.zeros(1)).log_softmax(-1)[0, :-1]
-        assert n == ids.shape[1] - 1 <= 19
-        assert total == pytest.approx(-log_p.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-4)
-    assert grads.shape == (2, 200 * 16)
-
-
-def test_ngram_sums_to_one_and_is_its_formula(data):
-    """Against a dictionary of counts and the recursion written out; the sum over all continuations
-    of seen, unseen and cut-off contexts is 1."""
-    K, x = data.K, data.train.tolist()
-    grams = Counter(tuple(x[i:i + k]) for k in range(1, 7) for i in range(len(x) - k + 1))
-    followed = Counter(tuple(x[i:i + k]) for k in range(6) for i in range(len(x) - k))
-
-    def p(context, c):
-        below = p(context[1:], c) if context else 1 / K
-        return (grams[context + (c,)] + 20 * below) / (followed[context] + 20)
-
-    score, rng = ngram_judge(data), random.Random(0)
-    seen = data.val_blocks(3).numpy()[:, :8]
-    unseen = np.array([[rng.randrange(K) for _ in range(8)] for _ in range(3)])
-    for row in np.concatenate([seen, unseen]):
-        row = tuple(row.tolist())
-        wanted = [math.log(p(row[max(0, i - 5):i], row[i])) for i in range(1, 8)]
-        row = np.array(row)
-        assert score(row[None])[0] == pytest.approx([-sum(wanted)], rel=1e-9)
-        for n in (1, 3, 7):
-            longer = np.concatenate([np.repeat(row[None, :n], K, 0), np.arange(K)[:, None]], 1)
-            before = score(row[None, :n])[0] if n > 1 else 0
-            assert np.exp(before - score(longer)[0]).sum() == pytest.approx(1, abs=1e-9)
-
-
-def test_ngram_knows_english(data):
-    """Held-out text costs far less than a character's own frequency does (4.5 bits)."""
-    nll, counted, *_ = ngram_judge(data)(data.val_blocks(100).numpy())
-    assert 1.5 < nll.sum() / counted.sum() / math.log(2) < 3.5
-
-
-# ---- the whole evaluation -----------------------------------------------------------------------
-
-def ramp(data, spread):
-    """A stand-in for generator.sample: real text in which the share `spread(temperature)` of the
-    characters is replaced by ones drawn evenly, so entropy and perplexity rise with temperature."""
-    def sample(net, process, n, length, steps, rng, temperature, ending, schedule):
-        x = data.batch("train", n, rng)
-        noise = torch.rand(x.shape, generator=rng) < spread(temperature)
-        x = torch.where(noise, torch.randint(data.K, x.shape, generator=rng), x)
-        return Sample(x, torch.full((n,), steps))
-    return sample
 
 
 def test_next_temperature():
@@ -293,190 +183,474 @@ def test_next_temperature():
     assert sweep(0.0, 0.5) == [0.5, 0.4, 0.3, 0.2, 0.1] and sweep(0.0, 0.82)[:3] == [0.82, 0.7, 0.6]
 
 
-def test_records_of_a_sweep(data, monkeypatch):
-    """The held-out row comes first, every metric has its interval around it, the matched gen_ppl
-    lies on the curve where that encloses held-out entropy and is null where it does not, and a seed
-    gives the same records."""
-    nets = {"noisy": (tiny(5), Masked(data.K + 1), ["ancestral"])}
+# ---- judges -------------------------------------------------------------------------------------
 
-    def run(*temperatures):
-        def sample(net, process, n, length, steps, rng, temperature, ending, schedule):
-            found = ramp(data, lambda t: max(0, t - 0.9))(net, process, n, length, steps, rng,
-                                                          temperature, ending, schedule)
-            if temperature < 0.9:                          # less variety than held-out text
-                found.tokens[:, L // 2:] = found.tokens[:, :L // 2]
-            return found
-        monkeypatch.setattr(evaluate, "sample", sample)
-        found = evaluate.evaluate_models(nets, data, ngram_judge(data), steps=[4], num_texts=40,
-                                         seed=3, temperatures=temperatures, judge_name="ngram")
-        return [{k: v for k, v in record.items() if k != "seconds"} for record in found]
-    records = run(0.8, 1.2)
-    real, cold, hot = records
-    assert real["model"] == "real text" and real["real"] and real["n_texts"] == 40
+def test_causal_judge_against_step_by_step_scoring(monkeypatch):
+    """Token i + 1 from a pass over tokens <= i alone, whatever is read at once; and no look ahead.
+    The features are the mean of the hidden states that tokens are counted from."""
+    net = tiny(11, causal=True)
+    x = np.random.default_rng(0).integers(0, 11, (5, 9))
+    score = causal_judge(net)(x, groups=2)
+    for row, total, feature in zip(torch.from_numpy(x), score.nll, score.features):
+        steps = 0.0
+        for i in range(1, 9):
+            logits = net(row[None, :i], torch.zeros(1))[0, -1]
+            steps -= logits.double().log_softmax(-1)[row[i]].item()
+        assert total == pytest.approx(steps, rel=1e-5)
+        hidden = net.hidden(row[None], torch.zeros(1))[0, :8]
+        assert feature == pytest.approx(hidden.mean(0).detach().numpy(), abs=1e-5)
+    assert score.tokens.tolist() == score.chars.tolist() == [8] * 5
+    monkeypatch.setattr(evaluate, "JUDGE_TOKENS", 1)          # a text at a time
+    again = causal_judge(net)(x)
+    assert again.nll == pytest.approx(score.nll, rel=1e-6) and again.grads is None
+    assert causal_judge(net)(x, 2).grads == pytest.approx(score.grads, abs=1e-6)
+
+
+def test_gradients_of_the_judge_against_autograd():
+    net = tiny(11, causal=True)
+    x = torch.randint(0, 11, (6, 9), generator=torch.Generator().manual_seed(0))
+    grads = causal_judge(net)(x.numpy(), groups=3).grads
+    for i in range(3):
+        part = x[2 * i:2 * i + 2]
+        loss = torch.nn.functional.cross_entropy(net(part, torch.zeros(2))[:, :-1].flatten(0, 1),
+                                                 part[:, 1:].flatten())
+        wanted, = torch.autograd.grad(loss, net.output_layer.linear.weight)
+        assert grads[i] == pytest.approx(wanted.flatten().numpy(), abs=1e-6)
+
+
+def stand_in(net, asked):
+    """transformers with one model, whose tokenizer drops spaces and whose longest input is 20."""
+    class Tokenizer:
+        def __call__(self, text, add_special_tokens, truncation, max_length):
+            assert truncation and not add_special_tokens
+            return types.SimpleNamespace(input_ids=ids_of(text)[:max_length])
+
+        def decode(self, ids, clean_up_tokenization_spaces):
+            return "?" * len(ids)
+
+    class Model(torch.nn.Module):
+        config = types.SimpleNamespace(max_position_embeddings=20)
+
+        def forward(self, x, output_hidden_states):
+            h = net.hidden(x, torch.zeros(len(x)))
+            return types.SimpleNamespace(hidden_states=(None, h), logits=net.project(h))
+
+    def loader(what):
+        def from_pretrained(name, **options):
+            asked.append((name, options))
+            return what
+        return types.SimpleNamespace(from_pretrained=from_pretrained)
+    return types.SimpleNamespace(AutoTokenizer=loader(Tokenizer()),
+                                 AutoModelForCausalLM=loader(Model()))
+
+
+def ids_of(text):
+    return [ord(c) % 200 for c in text if c != " "]
+
+
+@pytest.mark.parametrize("name, place, file", [("gpt2-large", "gpt2-large", None),
+                                               ("folder/small.gguf", "folder", "small.gguf")])
+def test_a_pretrained_judge_reads_text_with_its_tokenizer(data, monkeypatch, name, place, file):
+    """Texts of different lengths are padded without effect and cut at the longest input; nothing
+    foreign is executed on loading; a .gguf is named beside its folder."""
+    net, asked = tiny(200, causal=True), []
+    monkeypatch.setitem(sys.modules, "transformers", stand_in(net, asked))
+    score = evaluate.load_judge(name, None, torch.device("cpu"), data)
+    assert [place, place] == [where for where, _ in asked]
+    assert all(options.get("gguf_file") == file for _, options in asked)
+    assert all(options["trust_remote_code"] is False for _, options in asked)
+    assert asked[1][1]["use_safetensors"]
+    x = data.val_blocks(4).x_0.numpy()
+    scores = score(x, 2)
+    for row, total, n in zip(x, scores.nll, scores.tokens):
+        ids = torch.tensor([ids_of(data.tokenizer.decode(row.tolist()))[:20]])
+        log_p = net(ids, torch.zeros(1)).log_softmax(-1)[0, :-1]
+        assert n == ids.shape[1] - 1 <= 19
+        assert total == pytest.approx(-log_p.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-4)
+    assert scores.grads.shape == (2, 200 * 16)
+
+
+def test_ngram_sums_to_one_and_is_its_formula(data, ngram):
+    """Against a dictionary of counts and the recursion written out; the sum over all continuations
+    of seen, unseen and cut-off contexts is 1."""
+    K, x = data.K, data.train.tolist()
+    grams = Counter(tuple(x[i:i + k]) for k in range(1, 7) for i in range(len(x) - k + 1))
+    followed = Counter(tuple(x[i:i + k]) for k in range(6) for i in range(len(x) - k))
+
+    def p(context, c):
+        below = p(context[1:], c) if context else 1 / K
+        return (grams[context + (c,)] + 20 * below) / (followed[context] + 20)
+
+    seen = data.val_blocks(3).x_0.numpy()[:, :8]
+    unseen = np.random.default_rng(0).integers(K, size=(3, 8))
+    for row in np.concatenate([seen, unseen]):
+        tokens = tuple(row.tolist())
+        wanted = [math.log(p(tokens[max(0, i - 5):i], tokens[i])) for i in range(1, 8)]
+        assert ngram(row[None]).nll == pytest.approx([-sum(wanted)], rel=1e-9)
+        for n in (1, 3, 7):
+            longer = np.concatenate([np.repeat(row[None, :n], K, 0), np.arange(K)[:, None]], 1)
+            before = ngram(row[None, :n]).nll if n > 1 else 0
+            assert np.exp(before - ngram(longer).nll).sum() == pytest.approx(1, abs=1e-9)
+
+
+def test_ngram_samples_its_law():
+    """Two tokens and a context of one: all 8 texts of length 3 against exp(-nll) (and the first
+    token's own law), 20,000 draws. The largest of 8 shares is off by 4.5 sd with odds below 1e-4."""
+    x = np.random.default_rng(0).choice(2, 60, p=[0.8, 0.2]).astype(np.uint16)
+    data = types.SimpleNamespace(train=x, K=2, examples=False, block_size=3)
+    model = NGram(data, 2)
+    texts = np.array([[i >> 2, i >> 1 & 1, i & 1] for i in range(8)])
+    first = (np.bincount(x) + 20 / 2) / (60 + 20)
+    law = first[texts[:, 0]] * np.exp(-model(texts).nll)
+    assert law.sum() == pytest.approx(1)
+    drawn = model.sample(20_000, 3, seed=0) @ [4, 2, 1]
+    shares = np.bincount(drawn, minlength=8) / 20_000
+    assert np.all(np.abs(shares - law) < 4.5 * np.sqrt(law * (1 - law) / 20_000))
+    cold = model.sample(20_000, 3, seed=0, temperature=0.5)
+    assert cold.mean() < (texts.mean(1) * law).sum() - 0.02    # ones are rarer than zeros
+
+
+# ---- controls -----------------------------------------------------------------------------------
+
+def test_words_are_shuffled_and_spaces_stay(data):
+    """The same tokens; spaces and newlines at the same places among the words."""
+    rng = np.random.default_rng(0)
+    for row in data.val_blocks(20).x_0.numpy():
+        shuffled = evaluate.shuffle_words(row, data.tokenizer, rng)
+        text, other = (data.tokenizer.decode(x.tolist()) for x in (row, shuffled))
+        assert re.split(r"\S+", text) == re.split(r"\S+", other)
+        assert sorted(text.split()) == sorted(other.split())
+    long = np.array(data.tokenizer.encode("the cat sat on the mat and so on"))
+    shuffled = evaluate.shuffle_words(long, data.tokenizer, np.random.default_rng(1))
+    assert not np.array_equal(long, shuffled)
+
+
+def test_words_of_bpe_take_their_space_along():
+    pieces = [b"The", b" walk", b"ing", b"\n", b" man", b"<|endoftext|>", b" x"]
+    tokenizer = types.SimpleNamespace(decode_single_token_bytes=lambda token: pieces[token])
+    for seed in range(20):
+        x = evaluate.shuffle_words(np.arange(7), tokenizer, np.random.default_rng(seed)).tolist()
+        assert sorted(x) == list(range(7)) and x.index(2) == x.index(1) + 1   # " walking"
+        assert [x.index(3) < x.index(5)] == [True]
+
+
+def test_every_control_is_exposed_by_a_column(data):
+    """For each control some metric's 95 % interval lies apart from real text's: whatever fools one
+    column, the table shows it. And the entropy of the n-gram texts is that of held-out text."""
+    blocks = data.val_blocks(250).x_0.numpy()
+    measure = evaluate.Measure(data, {"": evaluate.ngram_of(data)}, blocks[1::2], BASE)
+    real, _ = measure(blocks[::2], kind="real")
+    shuffled, repeated, ngrams = evaluate.control_rows(measure, data, blocks[::2], seed=0)
+
+    def exposed(record):
+        return {name for name in COLUMNS if record[f"{name}_ci"][0] > real[f"{name}_ci"][1]
+                or record[f"{name}_ci"][1] < real[f"{name}_ci"][0]}
+    assert "gen_ppl" in exposed(shuffled) and shuffled["entropy"] == pytest.approx(real["entropy"])
+    assert {"overlap", "distinct4"} <= exposed(repeated) and repeated["overlap"] > 0.9
+    assert "known_words" in exposed(ngrams)
+    assert abs(ngrams["entropy"] - real["entropy"]) < 0.03
+    assert abs(real["overlap"]) < 0.05
+
+
+# ---- the whole evaluation -----------------------------------------------------------------------
+
+def ramp(data, spread):
+    """A stand-in for generator.sample: real text in which the share `spread(temperature)` of the
+    characters is replaced by ones drawn evenly, so entropy and perplexity rise with temperature;
+    below 0.9 the second half of a text is its first half again."""
+    def sample(net, process, n, length, steps, rng, *, temperature, order, prompt):
+        x = data.batch("train", n, rng).x_0
+        noise = torch.rand(x.shape, generator=rng) < spread(temperature)
+        x = torch.where(noise, torch.randint(data.K, x.shape, generator=rng), x)
+        if temperature < 0.9:
+            x[:, L // 2:] = x[:, :L // 2]
+        return Sample(x, torch.full((n,), steps))
+    return sample
+
+
+def test_records_of_a_sweep(data, ngram, monkeypatch):
+    """Every metric has its interval around it, the matched gen_ppl lies on the curve where that
+    encloses held-out entropy and is null where it does not, and a seed gives the same records."""
+    monkeypatch.setattr(evaluate, "sample", ramp(data, lambda t: max(0, t - 0.9)))
+    blocks = data.val_blocks(80).x_0.numpy()
+    base = BASE | {"judge": "ngram", "judge_2": "again"}
+    measure = evaluate.Measure(data, {"": ngram, "_2": ngram}, blocks[1::2], base)
+    real, resampled = measure(blocks[::2], kind="real", model="real text")
+
+    def run(*temperatures, sweep=False):
+        rows = evaluate.model_rows({"noisy": (tiny(5), Masked(data.K + 1))},
+                                   [("noisy", {"order": "even"}, 4)],
+                                   torch.full((40, L), -1), measure, resampled, temperatures, sweep)
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    cold, hot = records = run(0.8, 1.2)
     assert cold["entropy"] < real["entropy"] < hot["entropy"]
     assert cold["gen_ppl"] < cold["gen_ppl_matched"] == hot["gen_ppl_matched"] < hot["gen_ppl"]
     share = (real["entropy"] - cold["entropy"]) / (hot["entropy"] - cold["entropy"])
     assert math.log(hot["gen_ppl_matched"]) == pytest.approx(
         (1 - share) * math.log(cold["gen_ppl"]) + share * math.log(hot["gen_ppl"]))
-    for record in records:
-        for name in set(evaluate.METRICS) - {"gm"}:
+    assert hot["gen_ppl_matched_2"] == hot["gen_ppl_matched"] and hot["judge_2"] == "again"
+    for record in [real, *records]:
+        for name in COLUMNS:
             low, high = record[name + "_ci"]
-            assert low <= record[name] <= high and low < high, name
-        assert record["bits_per_char"] == record["ngram_bits"]
+            assert low - 1e-9 <= record[name] <= high + 1e-9, name
+            assert low < high or name == "repetition", name   # cold texts: each repeats its half
+        assert record["bits_per_char"] == record["ngram_bits"] == record["bits_per_char_2"]
         assert record["bits_per_char"] == pytest.approx(math.log2(record["gen_ppl"]))
+        assert record.items() >= (base | {"n_texts": 40}).items()
+    assert hot.items() >= {"model": "noisy", "kind": "model", "order": "even", "steps": 4,
+                           "passes": 4.0, "temperature": 1.2}.items()
     assert real["known_words"] > hot["known_words"] + 0.2
     assert run(0.8, 1.2) == records
-    _, *hot = run(1.5, 1.9)
-    assert all(r["entropy_ci"][0] > real["entropy_ci"][1] for r in hot)
-    assert all((r["gen_ppl_matched"], r["gen_ppl_matched_ci"]) == (None, [None, None]) for r in hot)
-    assert "gen_ppl_matched" not in run(1.0)[1]                # no sweep, no matching
-    json.dumps(records, allow_nan=False)
+    hotter = run(1.5, 1.9)
+    assert all(r["entropy_ci"][0] > real["entropy_ci"][1] for r in hotter)
+    assert all((r["gen_ppl_matched"], r["gen_ppl_matched_ci"]) == (None, [None] * 2) for r in hotter)
+    assert "gen_ppl_matched" not in run(1.0)[0]               # no curve, no matching
+    swept = run(1.2, sweep=True)
+    assert [r["temperature"] for r in swept] == [1.2, 1.1, 1.0, 0.9]
+    assert swept[0]["gen_ppl_matched"] is not None
 
 
-def test_records_tell_how_texts_begin(data):
-    """The same network with and without frequencies; at random positions neither has words first.
-    What begins with words is sampled cold, and its rows of that temperature are those of a table."""
-    nets = {}
-    for name, words in (("words", 4), ("blank", 0)):
-        torch.manual_seed(0)
-        nets[name] = DiT(ModelConfig(data.K + 1, num_layers=1, num_heads=2, width=16, cond_dim=8,
-                                     latent_words=words)).eval(), Masked(data.K + 1), ["ancestral"]
-    def run(*temperatures):
-        return evaluate.evaluate_models(nets, data, None, steps=[1], num_texts=8, metrics=["entropy"],
-                                        temperatures=temperatures, schedules=["even", "linear"])[1:]
-    assert [(r["model"], r["schedule"], r.get("begins"), r["temperature"]) for r in run()] == [
-        ("words", "even", "words", 0.5), ("words", "linear", None, 1),
-        ("blank", "even", None, 1), ("blank", "linear", None, 1)]
-    assert all(map(evaluate.at_own_temperature, run()))
-    assert [evaluate.at_own_temperature(r) for r in run(0.5, 1.0)] == [True, False] + [False, True] * 3
-    assert [evaluate.at_own_temperature(r) for r in ({}, {"temperature": 1.0}, {"temperature": 0.7})
-            ] == [True, True, False]                       # of real text; as recorded before
+def test_a_text_depends_on_seed_and_batch_alone(data, monkeypatch):
+    """More texts leave the whole batches as they are; seeds differ, also by 2^32 in torch's count."""
+    monkeypatch.setattr(evaluate, "sample", ramp(data, lambda t: 0))
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 4 * L)
+
+    def write(n, seed):
+        prompts = torch.full((n, L), -1)
+        return evaluate.write_texts(tiny(5), None, prompts, 1, seed, "float32", temperature=1.0,
+                                    order="even")[0]
+    few, more = write(8, 1), write(19, 1)
+    assert more.shape == (19, L) and np.array_equal(more[:8], few)
+    assert len(np.unique(more, axis=0)) == 19 and not np.array_equal(write(8, 2), few)
 
 
 def test_gradient_moment_sees_what_is_real(data, monkeypatch):
-    """Real text against other real text: around 0; characters drawn evenly: well above."""
-    net = tiny(data.K, causal=True)
+    """Real text against other real text: around 0; characters drawn evenly: well above. And no
+    perplexity stands without entropy, distinct4 and repetition."""
+    blocks = data.val_blocks(250).x_0.numpy()
+    judge = {"": causal_judge(tiny(data.K, causal=True))}
+    measure = evaluate.Measure(data, judge, blocks[1::2], BASE, ["gm"])
+    real, _ = measure(blocks[::2])
+    even, _ = measure(np.random.default_rng(0).integers(data.K, size=(125, L)))
+    assert even["gm_ci"][0] > 5 * abs(real["gm"])
+    assert {"gen_ppl", "entropy", "distinct4", "repetition"} <= real.keys()
+    assert "overlap" not in real
 
-    def sample(net, process, n, length, steps, rng, temperature, ending, schedule):
-        x = data.batch("val", n, rng)
-        x = x if steps == 1 else torch.randint(data.K, x.shape, generator=rng)
-        return Sample(x, torch.full((n,), steps))
-    monkeypatch.setattr(evaluate, "sample", sample)
-    nets = {"any": (tiny(5), Masked(data.K + 1), ["ancestral"])}
-    real, same, even = evaluate.evaluate_models(
-        nets, data, causal_judge(net), steps=[1, 2], num_texts=64, metrics=["gm", "gen_ppl"],
-        temperatures=[1.0])
-    assert even["gm_ci"][0] > 5 * max(abs(real["gm"]), abs(same["gm"]))
-    assert "entropy" in same and "distinct4" not in same      # gen_ppl is never without its entropy
+
+def test_mauve_takes_the_features_of_the_judge(data, monkeypatch):
+    """Two halves of real text score higher than real text against noise; without the package, a
+    stand-in for it that gets both sets of features."""
+    blocks = data.val_blocks(240).x_0.numpy()
+    noise = np.random.default_rng(0).integers(data.K, size=(120, L))
+    judge = {"": causal_judge(tiny(data.K, causal=True))}
+
+    def compute_mauve(p_features, q_features, verbose):
+        assert p_features.shape == q_features.shape == (120, 16)
+        return types.SimpleNamespace(mauve=math.exp(-abs(p_features - q_features).mean(0).sum()))
+    monkeypatch.setitem(sys.modules, "mauve", types.SimpleNamespace(compute_mauve=compute_mauve))
+    measure = evaluate.Measure(data, judge, blocks[1::2], BASE, ["mauve"])
+    assert measure(blocks[::2])[0]["mauve"] > measure(noise)[0]["mauve"]
+
+
+def test_mauve_itself_needs_neither_text_nor_network(monkeypatch):
+    """Of the package, features are enough: no transformers, no model."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    pytest.importorskip("mauve")
+    rng = np.random.default_rng(0)
+    p, q, far = rng.normal(size=(120, 8)), rng.normal(size=(120, 8)), rng.normal(3, 1, (120, 8))
+    assert evaluate.mauve(p, q) > 0.8 > 0.2 > evaluate.mauve(p, far)
+
+
+@pytest.mark.parametrize("broken, sentence", [
+    (lambda x, groups: Score(np.full(len(x), np.nan), np.full(len(x), 9), None), "gives NaN"),
+    (lambda x, groups: Score(np.zeros(len(x)), np.zeros(len(x)), None), ".*sees no token"),
+    (lambda x, groups: torch.zeros(3)[x], "cannot read the text .IndexError")])
+def test_a_judge_that_cannot_judge(data, broken, sentence):
+    with pytest.raises(BadInput, match=f"--judge a judge {sentence}"):
+        evaluate.Measure(data, {"": broken}, data.val_blocks(9).x_0.numpy(), BASE)
+
+
+# ---- from checkpoints ---------------------------------------------------------------------------
+
+def save_network(path, net, process, data, **changes):
+    checkpoint.save(path, dict(
+        config=vars(net.config), process=process, tokenizer=data.spec, block_size=L,
+        stage="teacher", step=1, updates=1, data=data.source, data_key=data.key,
+        ema=net.state_dict()) | changes)
 
 
 @pytest.fixture
 def run_folder(data, tmp_path, monkeypatch):
     """Run folders of tiny networks that were never trained, below a working folder of their own."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "assets").mkdir()
-
-    def write(path, net, process, spec=data.spec):
-        checkpoint.save(path, dict(
-            config=vars(net.config), process=process, tokenizer=spec, block_size=L, stage="teacher",
-            step=1, updates=1, data=str(data.path), ema=net.state_dict()))
     for process, names, V in (("mdlm", "teacher idlm", data.K + 1),
                               ("duo", "teacher dcd idlm", data.K)):
         for i, name in enumerate(names.split()):
-            write(tmp_path / f"out/{process}/{name}.pt", tiny(V, seed=i), process)
-    write(tmp_path / "out/mdlm/judge.pt", tiny(data.K, causal=True), "ar")
-    write(tmp_path / "other.pt", tiny(5, causal=True), "ar", {"name": "char", "chars": "abcde"})
+            save_network(Path(f"out/{process}/{name}.pt"), tiny(V, seed=i), process, data)
+    judge = tiny(data.K, causal=True)
+    save_network(Path("out/mdlm/judge.pt"), judge, "ar", data)
+    save_network(Path("half.pt"), judge, "ar", data, updates=2)
+    save_network(Path("elsewhere.pt"), judge, "ar", data, data_key="0")
+    save_network(Path("other.pt"), tiny(5, causal=True), "ar", data,
+                 tokenizer={"name": "char", "chars": "abcde"})
     return tmp_path
 
 
-SMALL = ["--num_texts", "8", "--steps", "1", "2", "--device", "cpu"]
+SMALL = ["--num_texts", "16", "--steps", "1", "2", "--device", "cpu"]
 
 
-def test_from_checkpoints_to_table_and_figures(run_folder, capsys):
-    """main(): both processes, records appended run after run, eval.json, figures, README table."""
-    evaluate.main(SMALL + ["--temperatures", "0.7", "1", "--records", "results/laptop.json"])
-    assert "real text" in capsys.readouterr().out.splitlines()[2]
-    found = json.loads(Path("out/mdlm/eval.json").read_text())
-    assert set(found["provenance"]) >= evaluate.PROVENANCE | {"judge"}
-    assert len(found["records"]) == 1 + 2 * 2 * 2
-    assert {"gm", "gen_ppl_matched", "ngram_bits", "passes"} <= set(found["records"][1])
-    evaluate.main(SMALL + ["--process", "duo", "--judge", "out/mdlm/judge.pt", "--temperatures",
-                           "1", "--records", "results/laptop.json", "--seed", "2"])
-    records = json.loads(Path("results/laptop.json").read_text())
-    assert len(records) == 9 + 1 + 3 * 2 * 2
-    assert {r["sampler"] for r in records if r.get("process") == "duo"} == {"ancestral", "greedy"}
-    assert all(r["commit"] and r["seed"] for r in records)
-    evaluate.main(["--plot", "results/laptop.json"])
-    for name in ("quality_vs_passes", "frontier"):
-        assert Path(f"assets/{name}.png").read_bytes()[:4] == b"\x89PNG"
-    Path("README.md").write_text("a\n<!-- table:laptop -->\nold\n<!-- /table:laptop -->\nz\n")
-    evaluate.main(["--table"])
-    text = Path("README.md").read_text()
-    assert text.startswith("a\n<!-- table:laptop -->\n| process") and text.endswith("\nz\n")
-    assert "old" not in text and "idlm" in text
-    evaluate.main(["--table"])
-    assert Path("README.md").read_text() == text
+def test_from_checkpoints_to_table_and_figure(run_folder, capsys):
+    """main(): both processes, records appended run after run, eval.json, the figure."""
+    evaluate.main(SMALL + ["--temperatures", "0.7", "1", "--controls", "--judge", "ar", "ngram",
+                           "--records", "results/both.json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "real text" in lines[2] and re.search(r"\d ±\d", lines[2])
+    assert lines[-2].startswith("16 texts of 32 tokens a row; judge ar and ngram")
+    assert re.match(r"gen_ppl and gen_ppl_2, two judges, order \d+ pairs of rows", lines[-1])
+    written = json.loads(Path("out/mdlm/eval.json").read_text())
+    assert {"command", "commit", "seed", "device", "torch", "date"} <= written["provenance"].keys()
+    assert len(written["records"]) == 1 + 3 + 2 * 2 * 2 * 2
+    assert {r["model"] for r in written["records"]} == {
+        "real text", "real, words shuffled", "real, one repeated", "n-gram", "teacher", "idlm"}
+    evaluate.main(SMALL + ["--process", "duo", "--judge", "out/mdlm/judge.pt", "--ending", "greedy",
+                           "map", "--records", "results/both.json", "--seed", "2"])
+    records = json.loads(Path("results/both.json").read_text())
+    assert len(records) == 20 + 1 + 3 * 2 * 2
+    assert {r.get("ending") for r in records if r["process"] == "duo"} == {None, "greedy", "map"}
+    assert all(r["commit"] and r["seed"] and r["n_texts"] == 16 for r in records)
+    evaluate.main(["--plot", "out/mdlm/eval.json"])
+    assert Path("assets/eval.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(BadInput, match="1 to 6 lines with a perplexity, not 10"):
+        evaluate.main(["--plot", "results/both.json"])
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_precision_of_sampling(run_folder, dtype):
+    evaluate.main(SMALL + ["--dtype", dtype, "--models", "idlm", "--judge", "none"])
+    assert {r["dtype"] for r in evaluate.read_records("out/mdlm/eval.json")} == {dtype}
 
 
 def test_short_table(run_folder, capsys):
+    """Even steps of 32 positions are at most 32; whatever is wrong costs one line."""
     evaluate.short_table(Path("out/mdlm"), "mdlm", torch.device("cpu"), 5)
-    lines = capsys.readouterr().out.splitlines()
-    steps = [int(line.split("|")[4]) for line in lines if " idlm " in line]
-    assert "real text" in lines[2] and steps == [1, 4, 8, 16]    # of 32 positions
-    assert {r["seed"] for r in json.loads(Path("out/mdlm/eval.json").read_text())["records"]} == {5}
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    rows = [tuple(cell.strip() for cell in line[1:4]) for line in lines[2:-1]]
+    assert rows == [("real text", "–", "–")] + [
+        (model, order, n) for model in ("teacher", "idlm") for order in ("random", "even")
+        for n in ("4", "16", *(["256"] if order == "random" else ["32"]) * (model == "teacher"))]
+    assert {r["seed"] for r in evaluate.read_records("out/mdlm/eval.json")} == {5}
+    evaluate.short_table(Path("nowhere"), "mdlm", torch.device("cpu"), 5)
+    out = capsys.readouterr().out
+    assert out.startswith("no table: ") and out.count("\n") == 1
 
 
 def test_a_missing_judge_is_trained(run_folder, monkeypatch, data):
-    """The command is one that train.py takes."""
+    """The command is one that train.py takes, with the flags of this run; where it fails, one
+    sentence."""
+    status = 0
+
     def run(command):
         args = train.parse_args(command[2:])
-        assert Path(command[1]).name == "train.py" and args.stage == "judge"
-        assert (args.block_size, args.tokenizer, Path(args.data)) == (L, "char", data.path)
-        (args.out / "judge.pt").write_bytes(Path("out/mdlm/judge.pt").read_bytes())
+        assert Path(command[1]).name == "train.py" and args.stage == "judge" and args.resume
+        assert (args.block_size, args.tokenizer, args.data) == (L, "char", data.source)
+        assert (str(args.device), args.cache, args.no_compile) == ("cpu", "c", True)
+        Path(args.out, "judge.pt").write_bytes(Path("out/mdlm/judge.pt").read_bytes())
+        return types.SimpleNamespace(returncode=status)
     monkeypatch.setattr(evaluate, "subprocess", types.SimpleNamespace(run=run))
-    evaluate.main(SMALL + ["--process", "duo", "--models", "idlm", "--temperatures", "1"])
-    assert json.loads(Path("out/duo/eval.json").read_text())["records"][0]["judge"] == "ar"
+    flags = SMALL + ["--process", "duo", "--models", "idlm", "--cache", "c", "--no-compile"]
+    evaluate.main(flags)
+    assert {r["judge"] for r in evaluate.read_records("out/duo/eval.json")} == {"ar"}
+    Path("out/duo/judge.pt").unlink()
+    status = 3
+    with pytest.raises(BadInput, match="training it ended with status 3"):
+        evaluate.main(flags)
 
 
-# ---- tables -------------------------------------------------------------------------------------
+def test_other_text_may_have_been_trained_on(run_folder, capsys):
+    Path("b.txt").write_text(Path(evaluate.checkpoint.load("out/mdlm/idlm.pt")["data"])
+                             .read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    flags = SMALL + ["--models", "idlm", "--judge", "none"]
+    evaluate.main(flags + ["--data", "b.txt"])
+    assert 'idlm was not trained on b.txt as it is: what is "held-out"' in capsys.readouterr().out
+    evaluate.main(flags)
+    assert "held-out" not in capsys.readouterr().out
 
-def test_runs_are_averaged_and_settings_kept_apart(tmp_path):
-    """Three seeds, perplexities 3.0, 3.2, 3.4: 3.2 +- 0.2 (n - 1). Other temperatures are left out
-    of a table without that column; a single run shows its bootstrap interval."""
-    base = dict(process="mdlm", model="idlm", sampler="ancestral", steps=4, passes=4.0,
-                temperature=1.0, judge="ngram", entropy=2.5, known_words=0.5, seconds=1.0)
-    records = [base | dict(seed=s, commit=str(s), gen_ppl=b, gen_ppl_ci=[0.0, 9.0])
-               for s, b in enumerate((3.0, 3.2, 3.4))]
-    records += [base | dict(seed=0, steps=8, passes=7.5, gen_ppl=2.0),
-                base | dict(seed=0, temperature=0.8, gen_ppl=1.23)]
-    rows = evaluate.average(records)
-    assert [(r["steps"], r["temperature"], r["runs"]) for r in rows] == [
-        (4, 1.0, 3), (8, 1.0, 1), (4, 0.8, 1)]
-    assert rows[0]["gen_ppl"] == pytest.approx(3.2)
-    assert rows[0]["gen_ppl_ci"] == pytest.approx([3.0, 3.4])
-    (tmp_path / "even.json").write_text(json.dumps(records))
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- table:even --><!-- /table:even -->\n"
-                      "<!-- table:even -->x<!-- /table:even -->")
-    evaluate.rewrite_tables(readme, tmp_path)
-    text = readme.read_text()
-    assert text.count("3.2 ± 0.2") == 2 and "1.23" not in text and "3 runs" in text
-    swept = dict(model="a", gen_ppl=5.0, gen_ppl_matched=None, entropy=2.0)
-    assert "not reached" in evaluate.records_table([swept])
-    single = evaluate.records_table([swept | dict(gen_ppl_ci=[4.0, None])])
-    assert "5 [4, open]" in single and len({len(line) for line in single.splitlines()}) == 1
-    marked = [base | {"seed": 0, "distinct4": 0.125}, base | {"seed": 0, "knob": "lr", "value": "1e-4",
-                                                              "distinct4": 0.25}]
-    (tmp_path / "novels_masked.json").write_text(json.dumps(marked))
-    readme.write_text("<!-- table:novels_masked --><!-- /table:novels_masked -->")
-    evaluate.rewrite_tables(readme, tmp_path)
-    assert "0.125" in readme.read_text() and "0.25" not in readme.read_text()
-    readme.write_text("<!-- table:novels_masked.knob --><!-- /table:novels_masked.knob -->")
-    evaluate.rewrite_tables(readme, tmp_path)              # the records that have the key
-    assert "0.125" not in readme.read_text() and "1e-4" in readme.read_text()
-    with pytest.raises(BadInput, match="toy.json"):
-        readme.write_text("<!-- table:toy --><!-- /table:toy -->")
-        evaluate.rewrite_tables(readme, tmp_path)
+
+def test_exact_match(tmp_path, monkeypatch):
+    """Answers to held-out prompts: a stand-in for the sampler that keeps the prompt, answers right
+    where half of the prompt is even, and pads with noise: the padding is ignored."""
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{i}+{i}=\t{2 * i}\n" for i in range(100, 1000)]
+    Path("sums.tsv").write_text("".join(lines))
+    data = TextData("sums.tsv", "char", 16, cache="cache")
+    save_network(Path("out/mdlm/idlm.pt"), tiny(data.K + 1), "mdlm", data, block_size=16)
+
+    def sample(net, process, n, length, steps, rng, *, temperature, order, prompt):
+        x = torch.randint(data.K, (n, length), generator=rng)
+        for row, start in zip(x, prompt):
+            text = data.tokenizer.decode(start[start >= 0].tolist())
+            number = int(text.split("+")[0])
+            answer = 2 * number + number // 2 % 2
+            tokens = torch.tensor(data.tokenizer.encode(f"{text}{answer}"))
+            assert (start[len(text):] == -1).all() and text == f"{number}+{number}="
+            row[:len(tokens)] = tokens
+        return Sample(x, torch.full((n,), steps))
+    monkeypatch.setattr(evaluate, "sample", sample)
+    evaluate.main(["--exact_match", "--judge", "none", "--order", "even", "--steps", "4",
+                   "--device", "cpu", "--num_texts", "18"])
+    real, record = evaluate.read_records("out/mdlm/eval.json")
+    prompts = [prompt for prompt, _ in data.val_examples(36)[::2]]
+    right = sum(int(prompt[:3]) // 2 % 2 == 0 for prompt in prompts)
+    assert 0 < right < len(prompts) == 18 and "exact_match" not in real
+    assert (record["exact_match"], record["exact_match_ci"]) == evaluate.wilson(right, 18)
+
+
+# ---- records ------------------------------------------------------------------------------------
+
+def test_records_are_appended_whole(tmp_path):
+    """A dict as in eval.json becomes a list whose records hold their provenance."""
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps({"provenance": {"commit": "a"}, "records": [{"x": 1}, {"x": 2}]}))
+    evaluate.append_records(path, [{"commit": "b", "x": 3}])
+    assert json.loads(path.read_text()) == [
+        {"commit": "a", "x": 1}, {"commit": "a", "x": 2}, {"commit": "b", "x": 3}]
+    with ThreadPoolExecutor(4) as pool:                       # four at once: none is lost
+        list(pool.map(lambda n: evaluate.append_records(path, [{"n": n}]), range(40)))
+    assert sorted(r["n"] for r in evaluate.read_records(path)[3:]) == list(range(40))
+
+
+@pytest.mark.parametrize("text, reason", [
+    ('[{"x": 1}', "JSONDecodeError"), ('{"mine": 1}', "KeyError"), ("[1, 2]", "an entry is no rec"),
+    ("3", "TypeError")])
+def test_what_is_no_list_of_records_stays(run_folder, text, reason):
+    path = Path("r.json")
+    path.write_text(text)
+    with pytest.raises(BadInput, match=f"r.json is no JSON list of records .*{reason}") as error:
+        evaluate.main(SMALL + ["--records", "r.json", "--judge", "none"])
+    assert path.read_text() == text and "\n" not in str(error.value)
+    assert not Path("out/mdlm/eval.json").exists()            # and no work is lost, either
+
+
+def test_cells():
+    record = {"gen_ppl": 12.345, "gen_ppl_ci": [11.9, 12.7], "gen_ppl_matched": None, "steps": 4,
+              "entropy": 2.0, "entropy_ci": [None, 3.0], "seconds": 12345.6}
+    assert [evaluate.cell(record, key) for key in (
+        "gen_ppl", "gen_ppl_matched", "steps", "entropy", "seconds", "order")] == [
+        "12.3 ±0.4", "not reached", "4", "2 ±open", "12346", "–"]
+    table = evaluate.records_table([record, {"model": "a", "gen_ppl_2": 1.0}]).splitlines()
+    assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
+        "model", "steps", "gen_ppl_matched", "gen_ppl", "gen_ppl_2", "entropy"]
+    assert len({len(line) for line in table}) == 1
+
+
+def test_judges_that_disagree():
+    """a and b are ordered alike, c differs from both; a and c most of all."""
+    rows = [{"model": m, "steps": 4, "gen_ppl": x, "gen_ppl_2": y}
+            for m, x, y in (("a", 10.0, 20.0), ("b", 12.0, 22.0), ("c", 20.0, 10.0))]
+    assert evaluate.disagreement(rows, "gen_ppl_2") == (
+        "gen_ppl and gen_ppl_2, two judges, order 2 pairs of rows differently, most of all a 4 and "
+        "c 4")
+    assert not evaluate.disagreement(rows[:2], "gen_ppl_2")
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -484,30 +658,103 @@ def test_runs_are_averaged_and_settings_kept_apart(tmp_path):
 @pytest.mark.parametrize("flags, sentence", [
     (["--out", "nowhere"], "no generator in nowhere yet: run python train.py first"),
     (["--out", "nowhere", "--models", "idlm"], "nowhere/idlm.pt"),
+    (["--judge", "ngram", "none"], "none stands alone"),
     (["--judge", "other.pt"], "other.pt cannot judge this text"),
     (["--judge", "out/mdlm/teacher.pt"], "it is a mdlm model"),
-    (["--num_texts", "7"], "7 texts to write .* needs 8"),
-    (["--metrics", "entropy", "beauty"], "beauty: unknown, choose from gen_ppl"),
+    (["--judge", "half.pt"], "half.pt has done 1 of 2 updates"),
+    (["--judge", "elsewhere.pt"], "elsewhere.pt was trained on other text"),
+    (["--judge", "none", "--sweep"], "none stands alone, without --sweep"),
+    (["--judge", "ngram", "--mauve", "--num_texts", "120"], "needs the hidden states of a judge"),
+    (["--judge", "ngram", "--mauve"], "16 texts a row.*MAUVE 100 for ten clusters"),
+    (["--num_texts", "15"], "15 texts a row.*an interval needs 16"),
     (["--steps", "0"], "use positives"), (["--temperatures", "0"], "use positives"),
-    (["--judge", "gpt2-large"], "pip install transformers"),
-    (["--mauve"], "pip install mauve-text"),
-    (["--plot", "none.json"], "no records at none.json")])
+    (["--temperatures", "nan"], "use positives"), (["--temperatures", "inf"], "use positives"),
+    (["--seed", "-1"], "--seed -1: choose one from 0"),
+    (["--judge", "gpt2-large"], "pip install -r requirements-eval.txt"),
+    (["--exact_match"], "needs examples with answers"),
+    (["--device", "cuda"], "--device cuda")])
 def test_bad_input(run_folder, monkeypatch, flags, sentence):
-    monkeypatch.setitem(sys.modules, "transformers", None)     # as if neither were installed
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "transformers", None)     # as if it were not installed
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
     with pytest.raises(BadInput, match=sentence) as error:
-        evaluate.main(SMALL + flags)
+        evaluate.main(SMALL + ["--judge", "none"] + flags)
     assert "\n" not in str(error.value)
 
 
-def test_ngram_is_for_characters():
+def test_mauve_without_its_package(monkeypatch):
+    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="--mauve needs a package: pip install -r requirements-eval"):
+        evaluate.main(["--mauve"])
+
+
+def test_controls_need_training_text(data):
+    few = types.SimpleNamespace(examples=False, train=data.train[:1000], source="few.txt")
+    with pytest.raises(BadInput, match="few.txt has too little of"):
+        evaluate.control_rows(None, few, None, 1)
+
+
+def test_ngram_is_for_characters(data):
+    bpe = types.SimpleNamespace(spec={"name": "gpt2"})
     with pytest.raises(BadInput, match="for characters, not gpt2"):
-        ngram_judge(types.SimpleNamespace(spec={"name": "gpt2"}))
+        evaluate.load_judge("ngram", None, None, bpe)
 
 
-def test_the_script_ends_with_one_sentence_and_a_code(tmp_path):
-    found = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--device", "cpu"],
-                           cwd=tmp_path, capture_output=True, text=True)
-    assert found.returncode == 1
-    assert found.stderr.startswith("evaluate.py: there is no generator in out/mdlm yet")
-    assert len(found.stderr.splitlines()) == 1
+def test_the_script_ends_with_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="^evaluate.py: there is no generator in out/mdlm yet"):
+        checkpoint.run_script(evaluate.main)
+
+
+# ---- tables of the pages ------------------------------------------------------------------------
+
+def test_tables_of_the_pages_equal_their_json():
+    """`python experiments/tables.py` would change nothing; an unknown table is an error, too."""
+    assert tables.differing() == {}
+
+
+ROW = dict(process="mdlm", model="idlm", kind="model", order="even", steps=4, passes=4.0, seed=1,
+           temperature=1.0, judge="ngram", n_texts=64, bits_per_char=2.5,
+           bits_per_char_ci=[2.4, 2.6], entropy=2.9, distinct4=0.5, repetition=0.0)
+PAGE = "a\n<!-- table:laptop -->\nold\n<!-- /table:laptop -->\nz\n"
+
+
+def filled(records, folder, page=PAGE, name="laptop"):
+    (folder / f"{name}.json").write_text(json.dumps(records))
+    return tables.fill(page, "README.md", folder)
+
+
+def test_runs_are_averaged_over_seeds_and_settings_kept_apart(tmp_path):
+    """Three seeds, 2.3, 2.5, 2.7: 2.5 ± 0.2 (n - 1). Other temperatures are not wanted in this
+    table; a single run shows its interval over texts."""
+    records = [ROW | {"seed": s, "bits_per_char": x} for s, x in enumerate((2.3, 2.5, 2.7))]
+    records += [ROW | {"steps": 8}, ROW | {"temperature": 0.8, "bits_per_char": 1.23}]
+    text = filled(records, tmp_path)
+    assert text.startswith("a\n<!-- table:laptop -->\n| process | model | order | steps | passes |")
+    assert text.endswith("<!-- /table:laptop -->\nz\n") and "old" not in text
+    assert "| mdlm | idlm | even | 4 | 4 | 2.5 ± 0.2 | 2.9 | 0.5 | 0 |" in text
+    assert "| mdlm | idlm | even | 8 | 4 | 2.5 ± 0.1 |" in text and "1.23" not in text
+    assert "over 3 seeds; rows of one seed, ± half of the 95 % interval over texts; 64 texts" in text
+    assert filled(records, tmp_path, text) == text
+
+
+@pytest.mark.parametrize("records, page, sentence", [
+    ([ROW, ROW], PAGE, "have seeds .1, 1.; group by one more key"),
+    ([], PAGE, "table laptop has no rows"),
+    ([ROW], PAGE.replace("laptop", "none"), "has a table 'none', which experiments/tables.py has"),
+    ([ROW], PAGE.replace("laptop", "bench_cpu"), "there is no .*bench_cpu.json"),
+    ([ROW], PAGE.replace("/table:laptop", "/table:novels"), "of the same name"),
+    ([ROW], "<!-- table:laptop -->", "of the same name")])
+def test_a_table_that_cannot_be_filled(tmp_path, records, page, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        filled(records, tmp_path, page)
+
+
+def test_no_table_has_a_perplexity_alone():
+    for name, table in tables.TABLES.items():
+        columns = table.columns.split()
+        if "gen_ppl" in columns or "bits_per_char" in columns:
+            assert {"entropy", "distinct4", "repetition"} <= set(columns), name
+    bad = tables.Table("model", "gen_ppl entropy")
+    with pytest.raises(BadInput, match="a perplexity without .'distinct4', 'repetition'."):
+        tables.table_of("bad", bad, [ROW])

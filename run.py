@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: MIT
+"""One stage of training as a folder sees it: its networks, optimisers, checkpoints and lines.
+
+    <stage>.pt           the averaged weights: all that the other scripts read
+    <stage>.resume.pt    the same with optimisers, for --resume
+    log.jsonl            a line an interval
+
+A finished stage is kept, and never reused for other data or settings: `begin` compares. train.py
+holds the loops that use this file.
+"""
+import copy
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+import checkpoint
+import rows
+from data import BadInput
+from generator import sample
+from model import DiT, ModelConfig
+from teacher import duo_loss, mdlm_loss
+
+LOSS_NAME = {"teacher": "nelbo", "dcd": "kl", "judge": "nll"}
+# What defines a stage's result: another value is another run.
+DEFINING = ("process", "stage", "tokenizer", "block_size", "batch_size", "warmup", "lr_decay",
+            "beta2", "clip", "adam_eps", "ema", "dropout", "seed", "dtype")
+DEFINING_TOO = {"teacher": ("size",), "judge": ("size",), "dcd": (),
+                "idlm": ("pairing", "kind", "fake_updates")}
+CHANGEABLE = "updates", "lr", "fake_lr"     # a run takes a new value, and says so
+
+
+def next_token_loss(net, x_0):
+    """The judge's: -log p of each token given those before it, mean nats per token."""
+    h = net.hidden(x_0[:, :-1], torch.zeros(len(x_0)))
+    K = net.config.vocab_size
+    return rows.per_row(rows.cross_entropy, K, nets=(net,), hidden=(h,), args=(x_0[:, 1:],)).mean()
+
+
+@contextmanager
+def joined(s):
+    """The processes of one run, of which the first one speaks, and the lock on its folder."""
+    if s.world > 1:
+        if s.device.type == "cuda":
+            torch.cuda.set_device(s.device)
+        dist.init_process_group("nccl" if s.device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))   # another machine may tokenise longer
+    if s.rank:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    lock = checkpoint.lock_folder(s.out) if s.rank == 0 else nullcontext()
+    torch.set_float32_matmul_precision("high")
+    for name in filter(None, (s.init_from, s.start_from)):
+        checkpoint.load_network(name, "cpu", s.process)      # a wrong one: before tokenising
+    with lock:
+        yield
+    if s.world > 1:
+        dist.destroy_process_group()
+
+
+class Trainee:
+    """A network with its optimiser, schedule and averaged weights."""
+
+    def __init__(self, net, lr, s, averaged=True):
+        self.net = net
+        self.lr = lr
+        self.s = s
+        self.total = 0.0
+        self.weights = list(net.parameters())
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False) if averaged else None
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=lr, betas=(0.9, s.beta2), eps=s.adam_eps, weight_decay=0.0,
+            fused=s.device.type in ("cuda", "cpu"))
+
+    def backward(self, loss, m):
+        """Accumulate the gradient of micro-batch m."""
+        loss = loss / self.s.num_micro
+        loss.backward()
+        self.total = self.total + loss.detach()
+        if m + self.s.world < self.s.num_micro:            # out of the CUDA graph's memory, which
+            for p in self.weights:                         # its next replay overwrites
+                p.grad = p.grad.clone()
+
+    def update(self, step):
+        """One optimiser update from the gradients, averaged over all processes. -> loss, norm"""
+        s = self.s
+        total = self.total
+        if s.world > 1:                     # once, after the last micro-batch
+            shares = [total]
+            shares += [p.grad for p in self.weights]
+            sums = parameters_to_vector(shares)
+            dist.all_reduce(sums)
+            vector_to_parameters(sums, shares)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, s.clip)
+        # linear warm-up, and a cosine down to the share lr_decay
+        cosine = (1 + math.cos(math.pi * min(1, step / s.updates))) / 2
+        warm = min(1, (step + 1) / max(1, s.warmup))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * warm * (s.lr_decay + (1 - s.lr_decay) * cosine)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.total = 0.0
+        if self.ema is not None:            # early on a shorter average, not mostly the start
+            decay = min(s.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), self.weights, 1 - decay)
+        return total, norm
+
+
+# ---- what the folder holds ----------------------------------------------------------------------
+
+def resume_path(path):
+    return path.with_name(f"{path.stem}.resume.pt")
+
+
+def defining(s, data):
+    names = DEFINING + DEFINING_TOO[s.stage]
+    return {"data": data.key} | {name: getattr(s, name) for name in names}
+
+
+def changeable(s):
+    return {name: getattr(s, name) for name in CHANGEABLE}
+
+
+def begin(s, data):
+    """Compare with what the folder holds. -> is the stage finished?, the saved state or None"""
+    path = s.out / f"{s.stage}.pt"
+    resumable = resume_path(path)
+    source = resumable if resumable.exists() else path
+    if not source.exists():
+        return False, None
+    saved = checkpoint.load(source)
+    other = "choose another folder with --out"
+    if "defining" not in saved:
+        raise BadInput(f"{source} is no run of this program: move it away, or {other}")
+    for name, value in defining(s, data).items():
+        begun = saved["defining"].get(name)
+        if begun != value:
+            raise BadInput(f"{path} was begun with {name} {begun}, not {value}: repeat its flags "
+                           f"and data, or {other}")
+    step = saved["step"]
+    if path.exists() and step >= saved["updates"] and s.updates <= step:
+        return True, saved
+    if not s.resume:
+        raise BadInput(f"{path} is at step {step} of {saved['updates']}: go on to {s.updates} with "
+                       f"--resume, or {other}")
+    if "main" not in saved:
+        raise BadInput(f"{resumable}, the training state of {path}, is gone: {other}")
+    for name, value in changeable(s).items():
+        if saved[name] != value:
+            print(f"{s.stage}: {name} is {value} from step {step} on; it was {saved[name]}")
+    return False, saved
+
+
+class Run:
+    """The networks of one stage: net, and where there are any fake and teacher."""
+
+    def __init__(self, s, data, saved=None):
+        self.s = s
+        self.data = data
+        self.path = s.out / f"{s.stage}.pt"
+        self.step = saved["step"] if saved else 0
+        self.meta = {"process": s.process, "tokenizer": data.spec, "stage": s.stage,
+                     "block_size": s.block_size, "data": str(s.data), "data_key": data.key,
+                     "examples": data.examples}
+        self.teacher = None
+        self.fake = None
+        torch.manual_seed(s.seed)
+        if s.stage in ("dcd", "idlm"):
+            self.process = checkpoint.make_process(self.meta)
+            self.load_teacher(saved)
+        else:
+            self.new_network()
+        self.main = Trainee(self.net, s.lr, s)
+        self.parts = {"ema": self.main.ema, "main": self.net,
+                      "main_optimizer": self.main.optimizer}
+        if s.stage == "idlm":
+            self.fake = self.copy_of(self.teacher)
+            self.follower = Trainee(self.fake, s.fake_lr, s, averaged=False)
+            self.parts |= {"fake": self.fake, "fake_optimizer": self.follower.optimizer}
+        if s.stage == "dcd":
+            self.parts["round_teacher"] = self.teacher
+        for name, part in self.parts.items():
+            if saved:
+                part.load_state_dict(saved[name])
+        self.prepare()
+        self.seen = []
+        self.clock = time.time()
+
+    def new_network(self):
+        s = self.s
+        is_judge = s.stage == "judge"
+        if is_judge:
+            self.meta["process"] = "ar"
+        self.process = None if is_judge else checkpoint.make_process(self.meta)
+        V = self.data.K if is_judge else self.process.vocab_size
+        layers, heads, width = (int(n) for n in s.size.split("x"))
+        config = ModelConfig(V, layers, heads, width, dropout=s.dropout, causal=is_judge)
+        self.meta["config"] = asdict(config)
+        self.net = DiT(config).to(s.device, s.weights)
+
+    def copy_of(self, net):
+        config = replace(net.config, dropout=self.s.dropout)
+        self.meta["config"] = asdict(config)
+        copied = DiT(config).to(self.s.device, self.s.weights)
+        copied.load_state_dict(net.state_dict())
+        return copied
+
+    def load_teacher(self, saved):
+        """A generator starts as the DCD student where there is one; its teacher is what was trained
+        on the NELBO, which the loss compares."""
+        s = self.s
+        name = s.init_from or s.out / "teacher.pt"
+        student = s.out / "dcd.pt"
+        start_name = s.start_from or name
+        if s.stage == "idlm" and not s.init_from and student.exists():
+            start_name = student
+        self.teacher = self.load_finished(name).to(s.weights)
+        start = self.teacher if start_name == name else self.load_finished(start_name)
+        if replace(start.config, dropout=0) != replace(self.teacher.config, dropout=0):
+            raise BadInput(f"{start_name} has another shape than {name}: a generator starts as a "
+                           "network of its teacher's shape")
+        self.net = self.copy_of(start)
+        self.meta |= {"teacher": str(name), "start": str(start_name),
+                      "teacher_key": checkpoint.weights_key(self.teacher)}
+        if saved and saved["teacher_key"] != self.meta["teacher_key"]:
+            raise BadInput(f"{self.path} was begun with another teacher than {name} holds: give "
+                           "that one, or choose another folder with --out")
+
+    def load_finished(self, name):
+        net, meta = checkpoint.load_network(name, self.s.device, self.s.process)
+        if meta.get("step", 0) < meta.get("updates", 0):
+            raise BadInput(f"{name} is at step {meta['step']} of {meta['updates']}: finish it first "
+                           f"with --stage {meta['stage']} --resume")
+        if meta["tokenizer"] != self.data.spec:
+            raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
+                           f"{self.s.data} gives: name the data it was trained on")
+        return net
+
+    def prepare(self):
+        s = self.s
+        if self.teacher:
+            self.teacher.freeze(torch.bfloat16 if s.dtype == "bfloat16" else None)
+        rows.COMPILE = s.compile and s.device.type == "cuda"
+        torch._dynamo.config.cache_size_limit = 64         # one function, many formulas
+        for net in (self.net, self.fake, self.teacher):
+            if s.compile and net:
+                net.compile_trunk()
+
+    def wait_for_all(self):
+        if self.s.world > 1:
+            dist.barrier()                  # the next stage reads what process 0 has written
+
+    # -- after each update
+
+    def note(self, step, values):
+        """A line now and then, a checkpoint now and then. Losses stay on the device until then: the
+        host does not wait for them."""
+        s = self.s
+        self.seen.append(values)
+        is_due = step == s.updates or step % s.save_every == 0
+        if is_due or step % max(1, min(50, s.updates // 20)) == 0:
+            self.report(step)               # stops at a non-finite loss, before anything is saved
+            if is_due and s.rank == 0:
+                self.save(step)
+                self.show(step)
+            self.clock = time.time()
+
+    def report(self, step):
+        """Means over the updates since the last line, on the terminal and in log.jsonl."""
+        s = self.s
+        n = len(self.seen)
+        ms = 1e3 * (time.time() - self.clock) / n
+        line = {"stage": s.stage, "step": step, "ms": ms}
+        text = f"{s.stage} {step}/{s.updates}"
+        for name in self.seen[0]:
+            mean = torch.stack([values[name] for values in self.seen]).mean().item()
+            if not math.isfinite(mean):
+                raise BadInput(f"{s.stage}: {name} is {mean} between steps {step - n + 1} and "
+                               f"{step}; the last checkpoint is kept. Lower the learning rate")
+            line[name] = mean
+            text += f" | {name} {mean:.3f}"
+        speed = s.batch_size * s.block_size / ms
+        eta = (s.updates - step) * ms / 60e3
+        print(f"{text} | {ms:.0f} ms | {speed:.1f}k tok/s | eta {eta:.1f}m", flush=True)
+        self.log(line)
+        self.seen = []
+
+    def log(self, line):
+        if self.s.rank == 0:
+            with open(self.s.out / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self, step):
+        s = self.s
+        for p in self.net.parameters():
+            if not bool(p.isfinite().all()):
+                raise BadInput(f"{s.stage}: a weight is not finite after step {step}; the last "
+                               "checkpoint is kept. Lower the learning rate")
+        meta = self.meta | checkpoint.provenance(s.seed, s.device) | changeable(s)
+        meta |= {"step": step, "defining": defining(s, self.data)}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint.save(resume_path(self.path), meta | states)
+        checkpoint.save(self.path, meta | {"ema": states["ema"]})
+
+    @torch.no_grad()
+    def show(self, step):
+        """Held-out loss, with the same draws at every call, and a text. Both have generators of
+        their own: looking does not disturb training."""
+        s = self.s
+        net = self.main.ema
+        rng = torch.Generator().manual_seed(0)
+        x_0, free = self.data.val_blocks(2 * s.micro_batch)
+        with s.autocast:
+            if s.stage in ("teacher", "judge"):
+                if s.stage == "judge":
+                    loss = next_token_loss(net, x_0)
+                elif s.process == "mdlm":
+                    loss = mdlm_loss(net, self.process, x_0, rng, free=free)
+                else:
+                    loss = duo_loss(net, self.process, x_0, rng, free=free)
+                print(f"  held-out loss {loss.item():.3f} nats per token", flush=True)
+                self.log({"stage": s.stage, "step": step, "held_out": loss.item()})
+            if s.stage == "judge":
+                return
+            steps = 64 if s.stage == "teacher" else 16
+            prompt = None if free is None else x_0[:1].masked_fill(free[:1], -1)
+            text = sample(net, self.process, 1, s.block_size, steps, rng, prompt=prompt)
+        written = self.data.tokenizer.decode(text.tokens[0].tolist())
+        print(f"  a text in {text.nfe.max()} passes: {written!r}", flush=True)
