@@ -20,6 +20,7 @@ import zipfile
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout      # comes with torch
@@ -31,21 +32,20 @@ from model import DiT, ModelConfig
 from teacher import Masked, Uniform
 
 DTYPES = "float64", "float32", "bfloat16"
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")      # of files of weights
+SUFFIXES = ".safetensors", ".ckpt", ".pt", ".bin"        # of files of weights
 PUBLISHED = {"n_blocks": "num_layers", "n_heads": "num_heads", "hidden_dim": "width",
              "model_length": "block_size"}               # their name in config.json: ours
-BOUNDS = {"vocab_size": 2 ** 24, "num_layers": 1000, "num_heads": 1000, "width": 2 ** 16,
-          "cond_dim": 2 ** 16}                           # no network is larger
-REMOVED = "latent_dim", "latent_words"                   # of networks that no file here builds
+KINDS = {"process": str, "stage": str, "causal": bool, "num_layers": int, "block_size": int,
+         "step": int, "updates": int}
 
 
 # ---- how a script ends --------------------------------------------------------------------------
 
 def run_script(main):
     """main(), ended by one sentence on what the user or the operating system got wrong."""
-    for stream in (sys.stdout, sys.stderr):              # terminals that are not UTF-8
+    for stream in sys.stdout, sys.stderr:                # terminals that are not UTF-8
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
     name = Path(sys.argv[0]).name
     try:
         main()
@@ -53,13 +53,12 @@ def run_script(main):
     except BadInput as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped by Ctrl-C; what was saved stays, --resume goes on from there"
-                 if name == "train.py" else f"{name}: stopped by Ctrl-C")
+        sys.exit(f"{name}: stopped by Ctrl-C; what was saved before stays, and train.py goes on "
+                 "from there with --resume")
     except BrokenPipeError:                              # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        sys.exit(f"{name}: {where}{error.strerror or error}; what was saved before stays")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{name}: {error}; what was saved before stays")
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-def number(kind, low=-math.inf, high=math.inf):
+def number(kind, low, high=math.inf):
     """A type for argparse: numbers from low to high."""
     def parse(text):
         value = kind(text)
@@ -82,15 +81,16 @@ def number(kind, low=-math.inf, high=math.inf):
 
 def network_size(text):
     """A type for argparse: layers x heads x width."""
-    layers, heads, width = (int(part) for part in text.split("x"))
-    if min(layers, heads, width) < 1 or width % (2 * heads):
-        raise argparse.ArgumentTypeError(f"{text}: each head needs an even width")
+    layers, heads, width = map(int, text.split("x"))
+    if min(layers, heads, width) < 1 or width % (2 * heads) or layers > 1000:
+        raise argparse.ArgumentTypeError(f"{text}: at most 1000 layers, and an even width of each "
+                                         "head")
     return text
 
 
 def pick_device(name):
-    has_mps = torch.backends.mps.is_available()
-    there = ["cuda"] * torch.cuda.is_available() + ["mps"] * has_mps + ["cpu"]
+    there = ["cuda"] * torch.cuda.is_available()
+    there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
     name = name or there[0]
     if name.split(":")[0] not in there:
         raise BadInput(f"--device {name}: this machine has {there}; drop the flag for the first")
@@ -114,13 +114,12 @@ def can_compile(device):
 
 
 def pick_dtype(name, device):
-    if name:
-        return name
-    return "bfloat16" if has_bfloat16(device) else "float32"
+    return name or ("bfloat16" if has_bfloat16(device) else "float32")
 
 
 def prepare(net, dtype):
     """For writing texts: net frozen in dtype; -> the autocast to run it under."""
+    dtype = pick_dtype(dtype, net.device)
     net.freeze(torch.bfloat16 if dtype == "bfloat16" else None)
     if dtype == "float64":
         net.double()
@@ -133,7 +132,7 @@ def write_whole(path, write):
     """Under `path` there is at any time the whole earlier file or the whole new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid4()}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -151,19 +150,20 @@ def write_json(path, value):
 
 
 def lock_folder(folder):
-    """A lock that a kill opens: one writer to a run folder at a time."""
+    """A lock that a kill opens: one run at a time writes to a folder, by its several processes."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder, ".lock"), timeout=0)
     try:
-        lock.acquire()
-        return lock
+        return FileLock(Path(folder, f".lock{os.environ.get('RANK', '')}")).acquire(timeout=0)
     except Timeout:
         raise BadInput(f"another process is writing to {folder}: wait for it, or choose another "
                        "folder with --out") from None
 
 
 def save(path, checkpoint):
-    write_whole(path, lambda file: torch.save(checkpoint, file))
+    try:
+        write_whole(path, lambda file: torch.save(checkpoint, file))
+    except RuntimeError as error:           # torch hides a full disk behind an error of its own
+        raise error.__context__ or error
 
 
 class Shell:
@@ -183,9 +183,8 @@ def load(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with zipfile.ZipFile(path) as archive:           # reads all: a flipped bit is seen
-            if archive.testzip():
-                raise ValueError("checksum")
+        if zipfile.ZipFile(path).testzip():              # reads all: a flipped bit is seen
+            raise ValueError("checksum")
         foreign = ()
         if path.suffix == ".ckpt":
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -209,8 +208,8 @@ def find_weights(name):
             raise BadInput(f"{name} is no file or folder, and the hub gave {type(error).__name__}; "
                            "give a local folder, or set HF_HOME to a cache that has it") from None
     if path.is_dir():
-        files = list(path.glob("*.safetensors"))
-        files = files or [p for p in path.iterdir() if p.suffix in SUFFIXES]
+        files = list(path.glob("*.safetensors")) or [
+            file for file in path.iterdir() if file.suffix in SUFFIXES]
         if len(files) != 1:
             raise BadInput(f"{name} holds {len(files)} files of weights; name the file")
         path = files[0]
@@ -225,8 +224,8 @@ def read_stated(path):
     if not beside.exists():
         return {}
     stated = json.loads(beside.read_text(encoding="utf-8"))
-    expected = stated.get("sha256")
-    if expected and expected != hashlib.sha256(path.read_bytes()).hexdigest():
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if stated.get("sha256", found) != found:
         raise ValueError(f"{path.name} is not the file that config.json was written for")
     return stated
 
@@ -249,12 +248,10 @@ def read_published(found, stated, name, process):
     weights = {key.removeprefix("backbone."): w for key, w in found.items()}
     hints = f"mdlm {name} {process or ''} {stated.get('model_type', '')}".lower()
     V, D = weights["vocab_embed.embedding"].shape
-    blocks = {key.split(".")[1] for key in weights if key.startswith("blocks.")}
-    meta = asdict(ModelConfig(V))
-    meta.update(
+    meta = asdict(ModelConfig(V)) | dict(
         process=re.findall("mdlm|duo|dcd", hints)[-1].replace("dcd", "duo"),
-        tokenizer={"name": "gpt2"}, stage="teacher", block_size=1024, width=D,
-        num_layers=len(blocks), num_heads=D // 64, dropout=0.1,
+        tokenizer={"name": "gpt2"}, stage="teacher", step=0, updates=0, block_size=1024, width=D,
+        num_layers=sum("norm1" in key for key in weights), num_heads=D // 64,
         cond_dim=len(weights["sigma_map.mlp.0.weight"]))
     for key, value in stated.items():
         meta[PUBLISHED.get(key, key)] = value
@@ -262,22 +259,26 @@ def read_published(found, stated, name, process):
     return weights, meta
 
 
-def check_meta(meta, name):
-    """Types and bounds of what a file says of itself, before anything is built from it."""
-    config = {key: value for key, value in meta["config"].items() if key not in REMOVED}
-    config.pop("latent_scale", None)
-    if any(meta["config"].get(key) for key in REMOVED):
-        raise BadInput(f"{name} is a generator of an earlier kind; commit cefa7b7 is the last that "
-                       "reads it, or distil its teacher again")
-    for key, most in BOUNDS.items():
-        value = config[key]
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{key} {value!r} is no whole number from 1 to {most}")
-    if not 0 <= config["dropout"] < 1:
-        raise ValueError(f"dropout {config['dropout']!r} is not in [0, 1)")
-    if type(meta["block_size"]) is not int or not 1 <= meta["block_size"] <= 2 ** 20:
-        raise ValueError(f"block_size {meta['block_size']!r} is no whole number from 1 to 2^20")
-    return meta | {"config": config}
+def check_meta(meta, process):
+    """What a file says of itself: types, bounds and sense, before anything is built. -> config"""
+    stated = meta | meta["config"]
+    if stated.get("latent_dim") or stated.get("latent_words"):
+        raise ValueError("it is a generator of an earlier kind; commit cefa7b7 is the last that "
+                         "reads it, or distil its teacher again")
+    for key, kind in KINDS.items():
+        if type(stated[key]) is not kind:
+            raise ValueError(f"{key} {stated[key]!r} is no {kind.__name__}")
+    if not (stated["num_layers"] <= 1000 and 1 <= stated["block_size"] <= 2 ** 20):
+        raise ValueError(f"{stated['num_layers']} layers and blocks of {stated['block_size']}: at "
+                         "most 1000 and 2^20 are possible")
+    K = num_tokens(meta)
+    is_a = meta["process"]
+    fitting = {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
+    if stated["vocab_size"] not in fitting or process not in (None, is_a):
+        raise ValueError(f"it is a {is_a} network of {stated['vocab_size']} tokens, which does not "
+                         f"fit process {process or is_a} with a tokenizer of {K} tokens; give its "
+                         "--process or another checkpoint")
+    return {field.name: stated[field.name] for field in fields(ModelConfig)}
 
 
 def load_network(name_or_path, device="cpu", process=None):
@@ -287,33 +288,23 @@ def load_network(name_or_path, device="cpu", process=None):
     """
     name = str(name_or_path)
     path = find_weights(name)
-    found = load(path)
+    meta = load(path)
     try:
-        if {"ema", "config", "process"} <= found.keys():
-            weights = found.pop("ema")
-            meta = {key: value for key, value in found.items() if not torch.is_tensor(value)}
+        if {"ema", "config", "process"} <= meta.keys():
+            weights = meta.pop("ema")
+            meta.pop("state", None)
         else:
-            weights, meta = read_published(found, read_stated(path), name, process)
-        meta = check_meta(meta, name)
-        net = DiT(ModelConfig(**meta["config"]))
-        net.load_state_dict(weights)        # strict: names what is missing, misshapen or too much
-        K = num_tokens(meta)
-        is_a = meta["process"]
-    except BadInput:
-        raise
-    except Exception as error:
+            weights, meta = read_published(meta, read_stated(path), name, process)
+        meta["config"] = check_meta(meta, process)
+        with torch.device("meta"):          # takes no memory for sizes that the tensors do not have
+            net = DiT(ModelConfig(**meta["config"]))
+        net.load_state_dict(weights, assign=True)        # strict: names what does not fit
+        if not all(w.isfinite().all() for w in weights.values()):
+            raise ValueError("it holds weights that are not finite; train it at a lower --lr")
+    except Exception as error:              # each kind of misfit raises something else
         reason = " ".join(str(error).split())[:999]
-        raise BadInput(f"{name} does not fit the sizes in its config.json, or else those of its "
-                       f"tensors: {type(error).__name__} {reason}") from None
-    if not all(bool(p.isfinite().all()) for p in net.parameters()):
-        raise BadInput(f"{name} holds weights that are not finite; train it again at a lower --lr")
-    V = net.config.vocab_size
-    fitting = {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
-    if V not in fitting or process not in (None, is_a):
-        raise BadInput(f"{name} is a {is_a} network of {V} tokens, which does not fit process "
-                       f"{process or is_a} with a tokenizer of {K} tokens; give its --process or "
-                       "another checkpoint")
-    return net.to(device).eval(), meta
+        raise BadInput(f"{name} cannot be used: {type(error).__name__} {reason}") from None
+    return net.float().to(device).eval(), meta
 
 
 def num_tokens(meta):
@@ -332,8 +323,8 @@ def weights_key(net):
     """16 hexadecimal digits that tell these weights from others."""
     digest = hashlib.sha256()
     for key, w in sorted(net.state_dict().items()):
-        digest.update(key.encode("utf-8"))
-        digest.update(w.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(key.encode())
+        digest.update(w.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -347,14 +338,13 @@ def export(net, meta, folder, dtype=None):
     for key, w in net.state_dict().items():
         weights[f"backbone.{key}"] = w.to("cpu", None if key.endswith("inv_freq") else dtype)
     data = to_bytes(weights, {"format": "pt"})
-    config = {key: value for key, value in meta.items() if key not in ("config", "settings")}
+    config = {key: value for key, value in meta.items() if key not in ("config", "defining")}
     config |= asdict(net.config)
     for theirs, ours in PUBLISHED.items():
         config[theirs] = config[ours]
     config["sha256"] = hashlib.sha256(data).hexdigest()
     write_whole(path, lambda file: file.write(data))
-    text = json.dumps(config, indent=1)
-    write_whole(stated, lambda file: file.write(text.encode("utf-8")))
+    write_json(stated, config)
 
 
 def provenance(seed, device):
@@ -362,7 +352,7 @@ def provenance(seed, device):
     command = " ".join(["python", *sys.argv])
     command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), command)
     try:
-        git = subprocess.run(["git", "describe", "--always", "--exclude=*", "--dirty=+dirty"],
+        git = subprocess.run("git describe --always --exclude=* --dirty=+dirty".split(),
                              cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     except OSError:                         # no git on this machine
         git = ""

@@ -54,12 +54,12 @@ def get_tokenizer(spec):
                 name, pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
         else:
             tokenizer = tiktoken.get_encoding(name)
-    except Exception as error:              # unknown, or its word list is not on this machine yet
+    except Exception as error:              # unknown, or its tokens are not on this machine yet
         raise BadInput(f"tokenizer {name!r} gave {type(error).__name__}; use char or gpt2, and "
                        "without a network set TIKTOKEN_CACHE_DIR") from None
     if tokenizer.n_vocab > 2 ** 16:
-        raise BadInput(f"tokenizer {name!r} has {tokenizer.n_vocab} tokens, and uint16 holds 65536; "
-                       "use gpt2")
+        raise BadInput(f"tokenizer {name!r} has {tokenizer.n_vocab} tokens, and uint16 numbers "
+                       "65536; use gpt2")
     return tokenizer
 
 
@@ -100,8 +100,8 @@ def find_paths(source):
     is_table = re.search(r"(?m)\.(jsonl?|csv|parquet)(\.gz|\.xz)?$", "\n".join(paths) or source)
     if is_table or not paths and re.search(r"^$|[*?]|::|\.(txt|tsv|gz|xz)$", source):
         raise BadInput(f"there is no plain text at {source!r}: --data takes .txt or .tsv, also as "
-                       ".gz or .xz, or a data set; convert .json, .csv or .parquet to .txt, or load "
-                       "it with datasets and give the folder that save_to_disk writes")
+                       ".gz or .xz, or a data set; convert .json, .csv or .parquet to .txt, or "
+                       "load it with datasets and give the folder that save_to_disk writes")
     return paths
 
 
@@ -151,11 +151,12 @@ def read_pieces(documents, examples):
 class TextData:
     """.train, .val: uint16, (N,) tokens of a text or (N, 1 + L) rows of examples. .K: how many
     tokens there are; .spec rebuilds .tokenizer; .key stands for content, tokenizer and split;
-    .held_out says what .val is."""
+    .held_out says what .val is. wrap_eos: every block begins and ends with end-of-text."""
 
     def __init__(self, source="data/shakespeare.txt", tokenizer="char", block_size=256,
-                 cache="out/cache", val_fraction=0.04, val_documents=100_000):
+                 cache="out/cache", wrap_eos=False, val_fraction=0.04, val_documents=100_000):
         self.source = source
+        self.wrap_eos = wrap_eos
         self.block_size = block_size
         paths = find_paths(source)
         self.examples = any(re.search(r"\.tsv(\.gz|\.xz)?$", path) for path in paths)
@@ -244,11 +245,11 @@ class TextData:
         asked = n * state["share"]
         start = state["val_start"] or n
         part = f"{state['held']} of {state['documents']} documents, "
-        if not asked / 2 < n - start <= asked * 3:
+        if not max(self.span, asked / 2) <= n - start <= asked * 3:
             start = n - max(self.span, int(asked))
             part = ""
         held = n - start
-        if min(start, held) < self.span:
+        if start < self.span:
             raise BadInput(f"{self.source} holds {n} {unit}, too few to train and to validate on "
                            f"blocks of {self.block_size}; give more text or other blocks")
         self.held_out = f"the last {part}{held:,} of {n:,} {unit} ({held / n:.1%})"
@@ -266,6 +267,8 @@ class TextData:
         places = start[:, None] * self.width + np.arange(self.examples + self.block_size)
         rows = torch.from_numpy(tokens.reshape(-1)[places].astype(np.int64))
         x_0 = rows[:, self.examples:]
+        if self.wrap_eos:
+            x_0[:, [0, -1]] = self.tokenizer.eot_token
         if (x_0 >= self.K).any():
             raise BadInput(f"{self.train.filename} is damaged: it has tokens beyond the {self.K} "
                            "of its tokenizer; remove it")

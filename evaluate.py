@@ -327,7 +327,9 @@ def hub_judge(name, device, data):
     except Exception as error:              # no package, no such name, no network, a torn file
         raise BadInput(f"--judge {name} cannot be loaded ({first_line(error)}): check the name, "
                        "pip install -r requirements-eval.txt, or take --judge ar") from None
-    net.to(device).float().eval()
+    if net.dtype != torch.float32:          # what a .gguf holds comes as float32, and stays so
+        net.float()
+    net.to(device).eval()
     longest = getattr(net.config, "max_position_embeddings", 1024)
 
     def forward(x):

@@ -20,6 +20,10 @@ PUBLISHED_K = 50_257
 PUBLISHED_GAMMA = -3.55, -1.85
 
 
+def normal(x):
+    return (-x ** 2 / 2).exp() / math.sqrt(2 * math.pi)
+
+
 def alpha_of_gamma(gamma, K):                              # (n,) -> alpha, dalpha / dgamma: float64
     """alpha is 1 where the noise is far too weak, 0 where far too strong, for every finite gamma.
 
@@ -33,15 +37,17 @@ def alpha_of_gamma(gamma, K):                              # (n,) -> alpha, dalp
         raise ValueError(f"gamma {gamma.tolist()} is not finite: give numbers")
     step = 0.02
     xi = torch.arange(-9, 9, step, dtype=torch.float64)
-    density = (-xi ** 2 / 2).exp() / math.sqrt(2 * math.pi)
+    density = normal(xi)
     m = (-gamma / 2).exp().clamp(max=1e3)[:, None]         # from there on Phi(m + xi) is 1
     log_Phi = torch.special.log_ndtr(m + xi)
-    P = (density * ((K - 1) * log_Phi).exp()).sum(-1) * step
+    is_largest = ((K - 1) * log_Phi).exp()
+    P = (density * is_largest).sum(-1) * step
     alpha = (K * P - 1) / (K - 1)
     # dP / dm = E[(K - 1) Phi^(K - 2) phi], all terms positive, and dm / dgamma = -m / 2
-    phi = (-(m + xi) ** 2 / 2).exp() / math.sqrt(2 * math.pi)
-    dP_dm = (density * phi * ((K - 2) * log_Phi).exp()).sum(-1) * step * (K - 1)
-    slope = -m[:, 0] / 2 * dP_dm * K / (K - 1)
+    is_tied = normal(m + xi) * ((K - 2) * log_Phi).exp()
+    dP_dm = (density * is_tied).sum(-1) * step * (K - 1)
+    dm_dgamma = -m[:, 0] / 2
+    slope = dP_dm * dm_dgamma * K / (K - 1)
     return alpha.clamp(0, 1), slope
 
 
@@ -90,7 +96,8 @@ class GaussianClock:
         xi = torch.randn(*x_0.shape, 1, generator=rng, dtype=torch.float64)
         u = torch.rand(*x_0.shape, k, generator=rng, dtype=torch.float64)
         number_left = torch.arange(self.K - 1, self.K - 1 - k, -1)
-        largest = torch.special.ndtri((u.log() / number_left).cumsum(-1).exp())
+        falling = (u.log() / number_left).cumsum(-1).exp()
+        largest = torch.special.ndtri(falling)
         w = std[:, None, None] * torch.cat([xi, largest], -1)
         w[..., 0] += scale[:, None]
         if free is not None:
@@ -125,11 +132,13 @@ class GaussianClock:
 
 
 def random_places(n, k, shape, rng):                       # -> (*shape, k) int64
-    """k different numbers below n, in random order. Floyd: a repetition takes the newest number."""
-    chosen = torch.empty(*shape, 0, dtype=torch.int64)
-    for newest in range(n - k, n):
-        draw = torch.randint(newest + 1, (*shape, 1), generator=rng)
-        is_taken = (chosen == draw).any(-1, keepdim=True)
-        chosen = torch.cat([chosen, torch.where(is_taken, newest, draw)], -1)
-    order = torch.rand(chosen.shape, generator=rng).argsort(-1)
-    return chosen.gather(-1, order)
+    """k different numbers below n, in random order."""
+    if n <= 1024:
+        return torch.rand(*shape, n, generator=rng).argsort(-1)[..., :k]
+    places = torch.randint(n, (*shape, k), generator=rng)
+    while True:                             # rows with a repetition are drawn again
+        ordered = places.sort(-1).values
+        is_tied = (ordered.diff(dim=-1) == 0).any(-1)
+        if not bool(is_tied.any()):
+            return places
+        places[is_tied] = torch.randint(n, (int(is_tied.sum()), k), generator=rng)

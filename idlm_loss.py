@@ -275,7 +275,7 @@ def state_weights(logits_g, ids, noise, scale, tau):       # (N, K), (N, k) x2, 
     return ((scale * G.gather(1, ids) + noise) / tau).softmax(-1)
 
 
-def soft_state(generator, h_g, eps, scale, std, K, tau, rng, free, k=32):
+def soft_state(generator, h_g, eps, scale, std, K, tau, rng, free, k=24):
     """softmax(w / tau) as a soft input of its k largest entries, differentiable in G.
 
     scale, std (B,): signal and noise of the Gaussian process. Returns (weights, ids), each

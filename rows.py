@@ -177,8 +177,9 @@ def sample_categorical(logits, u):
     """
     precise = torch.float32 if logits.device.type == "mps" else torch.float64
     tiny = torch.finfo(precise).eps
-    size = max(1, int(logits.shape[-1] ** 0.5))
-    padded = F.pad(logits, (0, -logits.shape[-1] % size), value=-torch.inf)
+    K = logits.shape[-1]
+    size = max(1, int(K ** 0.5))
+    padded = F.pad(logits, (0, -K % size), value=-torch.inf)
     blocks = padded.unflatten(-1, (-1, size))                        # (N, blocks, size)
 
     top = upcast(blocks).amax((1, 2), keepdim=True)                  # weights need not sum to 1
@@ -186,15 +187,17 @@ def sample_categorical(logits, u):
     u = u.to(mass).clamp(max=1 - tiny)                               # it may have rounded up to 1
     goal = u[:, None] * mass[:, -1:]
     # `right`: the first entry whose cumulative mass exceeds the goal; a token of mass 0 never does.
-    which = torch.searchsorted(mass, goal, right=True).clamp(max=mass.shape[1] - 1)
+    which = torch.searchsorted(mass, goal, right=True)
+    which = which.clamp(max=mass.shape[1] - 1)
     before = mass.gather(1, (which - 1).clamp(min=0))
     goal = goal - torch.where(which > 0, before, 0)
 
     block = blocks.gather(1, which[..., None].expand(-1, -1, size))[:, 0]
     inside = (upcast(block) - top[:, 0]).exp().to(precise).cumsum(-1)
     goal = torch.minimum(goal, inside[:, -1:] * (1 - tiny))          # rounding: stay in the block
-    token = torch.searchsorted(inside, goal, right=True).clamp(max=size - 1)
-    return (which * size + token)[:, 0]
+    token = torch.searchsorted(inside, goal, right=True)
+    token = which * size + token.clamp(max=size - 1)
+    return token[:, 0]
 
 
 def uniforms(B, L, rng, device):                           # -> (B, L) in [0, 1)

@@ -14,13 +14,12 @@ import math
 import os
 import sys
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import checkpoint
 import rows
@@ -31,34 +30,40 @@ from teacher import duo_loss, mdlm_loss
 
 LOSS_NAME = {"teacher": "nelbo", "dcd": "kl", "judge": "nll"}
 # What defines a stage's result: another value is another run.
-DEFINING = ("process", "stage", "tokenizer", "block_size", "batch_size", "warmup", "lr_decay",
-            "beta2", "clip", "adam_eps", "ema", "dropout", "seed", "dtype")
-DEFINING_TOO = {"teacher": ("size",), "judge": ("size",), "dcd": (),
-                "idlm": ("pairing", "kind", "fake_updates")}
-CHANGEABLE = "updates", "lr", "fake_lr"     # a run takes a new value, and says so
+DEFINING = ("process stage tokenizer block_size batch_size warmup lr_decay beta2 clip adam_eps ema "
+            "dropout wrap_eos seed dtype")
+DEFINING_TOO = {"teacher": "size", "judge": "size", "dcd": "teacher_key",
+                "idlm": "teacher_key start_key pairing kind"}
+CHANGEABLE = "updates lr fake_lr micro_batch".split()      # a run takes a new value, and says so
+LARGEST = 1e6                               # no weight is: the learning rate was too large
 
 
 def next_token_loss(net, x_0):
     """The judge's: -log p of each token given those before it, mean nats per token."""
     h = net.hidden(x_0[:, :-1], torch.zeros(len(x_0)))
-    K = net.config.vocab_size
-    return rows.per_row(rows.cross_entropy, K, nets=(net,), hidden=(h,), args=(x_0[:, 1:],)).mean()
+    nll = rows.per_row(rows.cross_entropy, net.config.vocab_size,
+                       nets=(net,), hidden=(h,), args=(x_0[:, 1:],))
+    return nll.mean()
 
 
 @contextmanager
 def joined(s):
     """The processes of one run, of which the first one speaks, and the lock on its folder."""
     if s.world > 1:
+        backend = "gloo"
         if s.device.type == "cuda":
             torch.cuda.set_device(s.device)
-        dist.init_process_group("nccl" if s.device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=1))   # another machine may tokenise longer
+            backend = "nccl"
+        dist.init_process_group(backend, timeout=timedelta(days=1))     # one tokenises, all wait
     if s.rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    lock = checkpoint.lock_folder(s.out) if s.rank == 0 else nullcontext()
+    lock = checkpoint.lock_folder(s.out)
+    for torn in s.out.glob("*.pt.*.tmp"):                    # of a kill while saving
+        torn.unlink(missing_ok=True)
     torch.set_float32_matmul_precision("high")
-    for name in filter(None, (s.init_from, s.start_from)):
-        checkpoint.load_network(name, "cpu", s.process)      # a wrong one: before tokenising
+    for name in s.init_from, s.start_from:
+        if name:                            # a wrong one: before tokenising
+            checkpoint.load_network(name, "cpu", s.process)
     with lock:
         yield
     if s.world > 1:
@@ -77,13 +82,13 @@ class Trainee:
         self.ema = copy.deepcopy(net).eval().requires_grad_(False) if averaged else None
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=lr, betas=(0.9, s.beta2), eps=s.adam_eps, weight_decay=0.0,
-            fused=s.device.type in ("cuda", "cpu"))
+            fused=True)
 
     def backward(self, loss, m):
         """Accumulate the gradient of micro-batch m."""
         loss = loss / self.s.num_micro
         loss.backward()
-        self.total = self.total + loss.detach()
+        self.total += loss.detach()
         if m + self.s.world < self.s.num_micro:            # out of the CUDA graph's memory, which
             for p in self.weights:                         # its next replay overwrites
                 p.grad = p.grad.clone()
@@ -92,22 +97,22 @@ class Trainee:
         """One optimiser update from the gradients, averaged over all processes. -> loss, norm"""
         s = self.s
         total = self.total
+        grads = [p.grad for p in self.weights]
         if s.world > 1:                     # once, after the last micro-batch
-            shares = [total]
-            shares += [p.grad for p in self.weights]
-            sums = parameters_to_vector(shares)
-            dist.all_reduce(sums)
-            vector_to_parameters(sums, shares)
-        norm = torch.nn.utils.clip_grad_norm_(self.weights, s.clip)
+            for share in [total] + grads:
+                dist.all_reduce(share)
+        norm = torch.nn.utils.get_total_norm(grads)
+        if s.clip < math.inf:               # else a pass over all gradients for nothing
+            torch.nn.utils.clip_grads_with_norm_(self.weights, s.clip, norm)
         # linear warm-up, and a cosine down to the share lr_decay
-        cosine = (1 + math.cos(math.pi * min(1, step / s.updates))) / 2
-        warm = min(1, (step + 1) / max(1, s.warmup))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * warm * (s.lr_decay + (1 - s.lr_decay) * cosine)
+        cosine = (1 + math.cos(math.pi * step / s.updates)) / 2
+        warm = min(1, (step + 1) / s.warmup)
+        lr = self.lr * warm * (s.lr_decay + (1 - s.lr_decay) * cosine)
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.total = 0.0
-        if self.ema is not None:            # early on a shorter average, not mostly the start
+        if self.ema:                        # early on a shorter average, not mostly the start
             decay = min(s.ema, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(self.ema.parameters()), self.weights, 1 - decay)
@@ -116,13 +121,9 @@ class Trainee:
 
 # ---- what the folder holds ----------------------------------------------------------------------
 
-def resume_path(path):
-    return path.with_name(f"{path.stem}.resume.pt")
-
-
 def defining(s, data):
-    names = DEFINING + DEFINING_TOO[s.stage]
-    return {"data": data.key} | {name: getattr(s, name) for name in names}
+    return {"data": data.key} | {name: getattr(s, name) for name in
+                                 f"{DEFINING} {DEFINING_TOO[s.stage]}".split()}
 
 
 def changeable(s):
@@ -131,9 +132,12 @@ def changeable(s):
 
 def begin(s, data):
     """Compare with what the folder holds. -> is the stage finished?, the saved state or None"""
-    path = s.out / f"{s.stage}.pt"
-    resumable = resume_path(path)
-    source = resumable if resumable.exists() else path
+    if s.stage in ("dcd", "idlm"):
+        load_sources(s, data)
+    path = s.path = s.out / f"{s.stage}.pt"
+    source = path.with_suffix(".resume.pt")
+    if not source.exists():
+        source = path
     if not source.exists():
         return False, None
     saved = checkpoint.load(source)
@@ -144,19 +148,42 @@ def begin(s, data):
         begun = saved["defining"].get(name)
         if begun != value:
             raise BadInput(f"{path} was begun with {name} {begun}, not {value}: repeat its flags "
-                           f"and data, or {other}")
+                           f"(data {saved['data']}, teacher {saved.get('teacher')}), or {other}")
     step = saved["step"]
+    for name, value in changeable(s).items():
+        if saved.get(name) != value:
+            print(f"{s.stage}: {name} was {saved.get(name)} to step {step}, from there on {value}")
     if path.exists() and step >= saved["updates"] and s.updates <= step:
         return True, saved
-    if not s.resume:
-        raise BadInput(f"{path} is at step {step} of {saved['updates']}: go on to {s.updates} with "
-                       f"--resume, or {other}")
-    if "main" not in saved:
-        raise BadInput(f"{resumable}, the training state of {path}, is gone: {other}")
-    for name, value in changeable(s).items():
-        if saved[name] != value:
-            print(f"{s.stage}: {name} is {value} from step {step} on; it was {saved[name]}")
+    if not s.resume or s.updates <= step or "state" not in saved:
+        raise BadInput(f"{path} is at step {step} of {saved['updates']}: go on with --resume, "
+                       f"--updates above {step} and its .resume.pt beside it, or {other}")
     return False, saved
+
+
+def load_sources(s, data):
+    """The teacher is what was trained on the NELBO, which the loss compares; a generator starts as
+    the DCD student where there is one. Both on the CPU."""
+    name = s.init_from or s.out / "teacher.pt"
+    student = s.out / "dcd.pt"
+    has_student = s.stage == "idlm" and not s.init_from and student.exists()
+    start_name = s.start_from or (student if has_student else name)
+    s.teacher = load_finished(s, data, name)
+    s.start = load_finished(s, data, start_name)
+    s.teacher_key = checkpoint.weights_key(s.teacher)
+    s.start_key = checkpoint.weights_key(s.start)
+    s.sources = {"teacher": str(name), "start": str(start_name)}
+
+
+def load_finished(s, data, name):
+    net, meta = checkpoint.load_network(name, "cpu", s.process)
+    if meta["step"] < meta["updates"]:
+        raise BadInput(f"{name} is at step {meta['step']} of {meta['updates']}: finish it first "
+                       f"with --stage {meta['stage']} --resume")
+    if meta["tokenizer"] != data.spec:
+        raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
+                       f"{s.data} gives: name the data it was trained on")
+    return net
 
 
 class Run:
@@ -165,19 +192,20 @@ class Run:
     def __init__(self, s, data, saved=None):
         self.s = s
         self.data = data
-        self.path = s.out / f"{s.stage}.pt"
         self.step = saved["step"] if saved else 0
         self.meta = {"process": s.process, "tokenizer": data.spec, "stage": s.stage,
-                     "block_size": s.block_size, "data": str(s.data), "data_key": data.key,
-                     "examples": data.examples}
+                     "block_size": s.block_size, "data": str(s.data), "data_key": data.key}
+        self.process = checkpoint.make_process(self.meta)
         self.teacher = None
         self.fake = None
         torch.manual_seed(s.seed)
         if s.stage in ("dcd", "idlm"):
-            self.process = checkpoint.make_process(self.meta)
-            self.load_teacher(saved)
+            self.meta |= s.sources
+            self.teacher = s.teacher.to(s.device, s.weights)
+            self.net = self.copy_of(s.start)
         else:
             self.new_network()
+        self.meta["config"] = vars(self.net.config)
         self.main = Trainee(self.net, s.lr, s)
         self.parts = {"ema": self.main.ema, "main": self.net,
                       "main_optimizer": self.main.optimizer}
@@ -189,7 +217,7 @@ class Run:
             self.parts["round_teacher"] = self.teacher
         for name, part in self.parts.items():
             if saved:
-                part.load_state_dict(saved[name])
+                part.load_state_dict(saved["state"][name])
         self.prepare()
         self.seen = []
         self.clock = time.time()
@@ -199,50 +227,16 @@ class Run:
         is_judge = s.stage == "judge"
         if is_judge:
             self.meta["process"] = "ar"
-        self.process = None if is_judge else checkpoint.make_process(self.meta)
         V = self.data.K if is_judge else self.process.vocab_size
-        layers, heads, width = (int(n) for n in s.size.split("x"))
+        layers, heads, width = map(int, s.size.split("x"))
         config = ModelConfig(V, layers, heads, width, dropout=s.dropout, causal=is_judge)
-        self.meta["config"] = asdict(config)
         self.net = DiT(config).to(s.device, s.weights)
 
     def copy_of(self, net):
         config = replace(net.config, dropout=self.s.dropout)
-        self.meta["config"] = asdict(config)
         copied = DiT(config).to(self.s.device, self.s.weights)
         copied.load_state_dict(net.state_dict())
         return copied
-
-    def load_teacher(self, saved):
-        """A generator starts as the DCD student where there is one; its teacher is what was trained
-        on the NELBO, which the loss compares."""
-        s = self.s
-        name = s.init_from or s.out / "teacher.pt"
-        student = s.out / "dcd.pt"
-        start_name = s.start_from or name
-        if s.stage == "idlm" and not s.init_from and student.exists():
-            start_name = student
-        self.teacher = self.load_finished(name).to(s.weights)
-        start = self.teacher if start_name == name else self.load_finished(start_name)
-        if replace(start.config, dropout=0) != replace(self.teacher.config, dropout=0):
-            raise BadInput(f"{start_name} has another shape than {name}: a generator starts as a "
-                           "network of its teacher's shape")
-        self.net = self.copy_of(start)
-        self.meta |= {"teacher": str(name), "start": str(start_name),
-                      "teacher_key": checkpoint.weights_key(self.teacher)}
-        if saved and saved["teacher_key"] != self.meta["teacher_key"]:
-            raise BadInput(f"{self.path} was begun with another teacher than {name} holds: give "
-                           "that one, or choose another folder with --out")
-
-    def load_finished(self, name):
-        net, meta = checkpoint.load_network(name, self.s.device, self.s.process)
-        if meta.get("step", 0) < meta.get("updates", 0):
-            raise BadInput(f"{name} is at step {meta['step']} of {meta['updates']}: finish it first "
-                           f"with --stage {meta['stage']} --resume")
-        if meta["tokenizer"] != self.data.spec:
-            raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
-                           f"{self.s.data} gives: name the data it was trained on")
-        return net
 
     def prepare(self):
         s = self.s
@@ -250,7 +244,7 @@ class Run:
             self.teacher.freeze(torch.bfloat16 if s.dtype == "bfloat16" else None)
         rows.COMPILE = s.compile and s.device.type == "cuda"
         torch._dynamo.config.cache_size_limit = 64         # one function, many formulas
-        for net in (self.net, self.fake, self.teacher):
+        for net in self.net, self.fake, self.teacher:
             if s.compile and net:
                 net.compile_trunk()
 
@@ -276,39 +270,37 @@ class Run:
     def report(self, step):
         """Means over the updates since the last line, on the terminal and in log.jsonl."""
         s = self.s
-        n = len(self.seen)
-        ms = 1e3 * (time.time() - self.clock) / n
-        line = {"stage": s.stage, "step": step, "ms": ms}
-        text = f"{s.stage} {step}/{s.updates}"
-        for name in self.seen[0]:
-            mean = torch.stack([values[name] for values in self.seen]).mean().item()
-            if not math.isfinite(mean):
-                raise BadInput(f"{s.stage}: {name} is {mean} between steps {step - n + 1} and "
-                               f"{step}; the last checkpoint is kept. Lower the learning rate")
-            line[name] = mean
-            text += f" | {name} {mean:.3f}"
-        speed = s.batch_size * s.block_size / ms
-        eta = (s.updates - step) * ms / 60e3
-        print(f"{text} | {ms:.0f} ms | {speed:.1f}k tok/s | eta {eta:.1f}m", flush=True)
-        self.log(line)
+        ms = 1e3 * (time.time() - self.clock) / len(self.seen)
+        means = {name: torch.stack([values[name] for values in self.seen]).mean().item()
+                 for name in self.seen[0]}
+        shown = " | ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+        if not all(map(math.isfinite, means.values())):
+            raise BadInput(f"{s.stage}: {shown} in the {len(self.seen)} steps to {step} is "
+                           "not finite; the last checkpoint is kept. Lower the learning rate")
+        print(f"{s.stage} {step}/{s.updates} | {shown} | {ms:.0f} ms | "
+              f"{s.batch_size * s.block_size / ms:.1f}k tok/s | "
+              f"eta {(s.updates - step) * ms / 60e3:.1f}m")
+        self.log(step, {"ms": ms} | means)
         self.seen = []
 
-    def log(self, line):
+    def log(self, step, values):
         if self.s.rank == 0:
+            line = {"stage": self.s.stage, "step": step} | values
             with open(self.s.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(f"{json.dumps(line)}\n")
 
     def save(self, step):
         s = self.s
-        for p in self.net.parameters():
-            if not bool(p.isfinite().all()):
-                raise BadInput(f"{s.stage}: a weight is not finite after step {step}; the last "
-                               "checkpoint is kept. Lower the learning rate")
+        for p in self.main.weights:
+            if not (p.abs() < LARGEST).all():
+                raise BadInput(f"{s.stage}: a weight is not below {LARGEST} after step {step}; the "
+                               "last checkpoint is kept. Lower the learning rate")
         meta = self.meta | checkpoint.provenance(s.seed, s.device) | changeable(s)
-        meta |= {"step": step, "defining": defining(s, self.data)}
-        states = {name: part.state_dict() for name, part in self.parts.items()}
-        checkpoint.save(resume_path(self.path), meta | states)
-        checkpoint.save(self.path, meta | {"ema": states["ema"]})
+        meta |= {"step": step, "defining": defining(s, self.data),
+                 "ema": self.main.ema.state_dict()}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint.save(s.path, meta)       # first: a kill in between repeats some steps
+        checkpoint.save(s.path.with_suffix(".resume.pt"), meta | {"state": state})
 
     @torch.no_grad()
     def show(self, step):
@@ -320,18 +312,17 @@ class Run:
         x_0, free = self.data.val_blocks(2 * s.micro_batch)
         with s.autocast:
             if s.stage in ("teacher", "judge"):
+                nelbo = mdlm_loss if s.process == "mdlm" else duo_loss
                 if s.stage == "judge":
                     loss = next_token_loss(net, x_0)
-                elif s.process == "mdlm":
-                    loss = mdlm_loss(net, self.process, x_0, rng, free=free)
                 else:
-                    loss = duo_loss(net, self.process, x_0, rng, free=free)
-                print(f"  held-out loss {loss.item():.3f} nats per token", flush=True)
-                self.log({"stage": s.stage, "step": step, "held_out": loss.item()})
+                    loss = nelbo(net, self.process, x_0, rng, free=free)
+                print(f"  held-out loss {loss.item():.3f} nats per token")
+                self.log(step, {"held_out": loss.item()})
             if s.stage == "judge":
                 return
             steps = 64 if s.stage == "teacher" else 16
             prompt = None if free is None else x_0[:1].masked_fill(free[:1], -1)
             text = sample(net, self.process, 1, s.block_size, steps, rng, prompt=prompt)
-        written = self.data.tokenizer.decode(text.tokens[0].tolist())
-        print(f"  a text in {text.nfe.max()} passes: {written!r}", flush=True)
+        print(f"  a text in {text.nfe.max()} passes: "
+              f"{self.data.tokenizer.decode(text.tokens[0].tolist())!r}")

@@ -72,8 +72,8 @@ class Masked:
         is_masked = u >= self.alpha(t)[0][:, None].to(u.device)
         return is_masked if free is None else is_masked & free
 
-    def draw_noise(self, t, L, rng, free=None):
-        """The noise of x_t ~ q(x_t | x_0), as idlm_loss.py takes it."""
+    def draw_noise(self, t, L, rng, soft=False, free=None):
+        """The noise of x_t ~ q(x_t | x_0), as idlm_loss.py takes it. (soft: uniform process alone)"""
         return {
             "is_masked": self.draw_mask(t, L, rng, free),
             "weight": self.weight(t),
@@ -142,8 +142,10 @@ class Uniform:
         tokens = self.prior(len(t), L, rng)
         return keep if free is None else keep | ~free, tokens
 
-    def draw_noise(self, t, L, rng, free=None):
-        """The noise of x_t ~ q(x_t | x_0), as idlm_loss.py takes it for `hard`."""
+    def draw_noise(self, t, L, rng, soft=False, free=None):
+        """The noise of x_t, as idlm_loss.py takes it for `hard`; soft: its Gaussian level."""
+        if soft:
+            return self.gaussian_noise(t, free)
         keep, tokens = self.draw_keep(t, L, rng, free)
         alpha_t, dalpha_t = self.alpha(t)
         return {

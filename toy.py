@@ -30,15 +30,14 @@ import numpy
 import torch
 from torch import nn
 
+import checkpoint
 import idlm_loss as losses
-from checkpoint import provenance, run_script, write_json
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform, duo_loss, mdlm_loss, stratified_times
 
 K = 50                          # values of a token
 B = 512                         # texts per batch
 PROCESSES = {"masked": Masked(K + 1), "uniform": Uniform(K)}
-TEACHER_PASSES = 1, 4, 50
 MODELS = {                      # arguments of `distil`
     "masked": {"IDLM": dict(kind="masked", latent_dim=8),
                "no latent": dict(kind="masked"),
@@ -57,11 +56,6 @@ def eight_modes():
     p = (2 * (8 * angle).cos() - 2 - (r - 17) ** 2 / 4.5).exp()
     p = torch.where(p > 0.03 * p.max(), p, 0)
     return p / p.sum()
-
-
-def draw_texts(p, n, rng):                                 # -> (n, 2) int64
-    cell = torch.multinomial(p.flatten(), n, replacement=True, generator=rng)
-    return torch.stack([cell // K, cell % K], 1)
 
 
 class PlaneNet(DiT):
@@ -91,30 +85,27 @@ class PlaneNet(DiT):
         h = self.mlp(torch.cat([tokens, self.sigma_map(sigma)], 1))
         return h.unflatten(1, (2, -1))
 
-    def forward(self, x, sigma, z=None):
-        return self.project(self.hidden(x, sigma, z))
-
 
 # ---- what a network writes, as a table ----------------------------------------------------------
 
 @torch.no_grad()
-def law(net, process, steps, rng, draws=2 ** 15):
+def law(net, process, steps, rng):
     """p_theta of the ancestral sampler, (K, K) float64: the state's law, step after step."""
     V, masked = process.vocab_size, isinstance(process, Masked)
-    P = torch.zeros(V, V, dtype=torch.float64)
-    P[-1, -1] = 1                                          # masked: on [MASK] [MASK]
-    if not masked:
-        P[:] = 1 / K ** 2
+    P = torch.full((V, V), 1 / K ** 2, dtype=torch.float64)
+    if masked:
+        P[:] = 0
+        P[K, K] = 1
     for i in range(steps):
         t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps], dtype=torch.float64)
         alpha_t, alpha_s = process.alpha(t)[0]
         x = (P > 0).nonzero()
-        copies = draws // len(x) if len(net.projection) else 1
-        weight = P[x[:, 0], x[:, 1]].repeat(copies) / copies
+        copies = 2 ** 15 if len(net.projection) else 1  # then a single pass
+        weight = P[tuple(x.T)].repeat(copies) / copies
         x = x.repeat(copies, 1)
         sigma = process.sigma(t[:1]).float().expand(len(x))
-        logits = net(x, sigma, net.draw_z(len(x), rng)).double()
-        rows = process.log_probs(logits, x).exp()
+        logits = net.project(net.hidden(x, sigma, net.draw_z(len(x), rng)))
+        rows = process.log_probs(logits.double(), x).exp()
         if masked:                                         # a visible token's row is that token
             reveal = torch.where(x == K, (alpha_s - alpha_t) / (1 - alpha_t), 1)[..., None]
             rows = torch.cat([reveal * rows, 1 - reveal], -1)
@@ -151,13 +142,16 @@ def exact_gap(P, p_star, process, fake=None, nodes=24):
     t = ((1 + s) / 2) ** 4
     node = node / 2 * 4 * t ** 0.75
     alpha, dalpha = (x.view(-1, *[1] * P.dim()) for x in process.alpha(t))
-    compare = masked_integrand if isinstance(process, Masked) else uniform_integrand
     total = 0
     for position in range(P.dim()):
         joint, joint_f, joint_t = (others_noised(q, position, alpha, process)
                                    for q in (P, P if fake is None else fake, p_star))
-        gap = -dalpha * compare(joint, rows_of(joint_f), rows_of(joint_t), alpha)
-        total = total + (node * gap.flatten(1).sum(1)).sum()
+        f, f_star = rows_of(joint_f), rows_of(joint_t)
+        if isinstance(process, Masked):     # a chance of 1 - alpha cancels in the NELBO's weight
+            gap = joint * (f / f_star).log()
+        else:
+            gap = uniform_gap(joint, f, f_star, K=process.K, a=alpha)
+        total = total - (node * (dalpha * gap).flatten(1).sum(1)).sum()
     return total
 
 
@@ -165,38 +159,32 @@ def others_noised(P, position, alpha, process):
     """(K,) * L -> (nodes, ..., K): the others noised at alpha, (nodes, 1, ...), this token last."""
     P = P[None]
     for axis in range(1, P.dim()):
-        if axis == position + 1:
-            continue
-        alone = P.sum(axis, keepdim=True)
-        if isinstance(process, Masked):
-            P = torch.cat([alpha * P, (1 - alpha) * alone], axis)
-        else:
-            P = alpha * P + (1 - alpha) / process.K * alone
+        if axis != position + 1:
+            noise = (1 - alpha) * P.sum(axis, keepdim=True)
+            if isinstance(process, Masked):
+                P = torch.cat([alpha * P, noise], axis)
+            else:
+                P = alpha * P + noise / process.K
     return P.movedim(position + 1, -1)
 
 
 def rows_of(joint):
-    return joint.clamp(min=1e-30) / joint.clamp(min=1e-30).sum(-1, keepdim=True)
+    joint = joint.clamp(min=1e-30)                         # finite logarithms
+    return joint / joint.sum(-1, keepdim=True)
 
 
-def masked_integrand(joint, f, f_star, alpha):
-    """<G, log f - log f*>; the chance 1 - alpha of a [MASK] cancels in the NELBO's weight."""
-    return joint * (f.log() - f_star.log())
-
-
-def uniform_integrand(joint, f, f_star, alpha):
-    """The NELBO of UDLM and Duo with the position's own noised token z ~ gbar / K summed out, where
-    gbar = K alpha g + 1 - alpha and g is the row of P; likewise fbar and tbar:
-    1 / (K alpha) sum_v gbar_v (log fbar_v / tbar_v + 1 / tbar_v - 1 / fbar_v) - log fbar_v / tbar_v
+def uniform_gap(joint, f, f_star, K, a):
+    """The NELBOs of UDLM and Duo with the position's noised token z ~ gbar / K summed out, where
+    gbar = K a g + 1 - a for the row g of P, and likewise fbar and tbar:
+    1 / (K a) sum_v gbar_v (log fbar_v / tbar_v + 1 / tbar_v - 1 / fbar_v) - log fbar_v / tbar_v
     """
-    K, mass = joint.shape[-1], joint.sum(-1, keepdim=True)
-    gbar, fbar, tbar = (K * alpha * row + 1 - alpha for row in (rows_of(joint), f, f_star))
+    gbar, fbar, tbar = (K * a * row + 1 - a for row in (rows_of(joint), f, f_star))
     log_ratio = (fbar / tbar).log()
     inner = gbar * (log_ratio + 1 / tbar - 1 / fbar) - log_ratio
-    return mass * inner / (K * alpha)
+    return joint.sum(-1, keepdim=True) * inner / (K * a)
 
 
-def theorem(updates=600):
+def theorem(updates=300):
     """Descend from three starts, by the IDLM loss and by NELBO(f*) alone (a flat, fixed fake)."""
     torch.manual_seed(0)
     flat = torch.full((K, K), 1 / K ** 2, dtype=torch.float64)
@@ -208,14 +196,12 @@ def theorem(updates=600):
             for start, logits in starts.items():
                 logits = logits.double().clone().requires_grad_()
                 optimizer = torch.optim.Adam([logits])
-                distances = []
                 for _ in range(updates):
                     P = logits.flatten().softmax(0).view(K, K)
-                    distances.append(kl(P, p_star).item())
                     step(exact_gap(P, p_star, process, fake, nodes=6), optimizer, 0.3)
                 cells = (-torch.xlogy(P, P).sum()).exp().item()
-                print(f"{name:8}{loss:13} from {start:8} KL {distances[0]:.3f} -> "
-                      f"{distances[-1]:.5f}  on {cells:4.0f} texts", flush=True)
+                print(f"{name:8}{loss:13} from {start:8} KL(P || p*) {kl(P, p_star).item():.5f}"
+                      f"  on {cells:.0f} texts", flush=True)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -234,8 +220,9 @@ def train_teacher(p, process, rng, updates):
     optimizer = torch.optim.Adam(net.parameters())
     loss = mdlm_loss if isinstance(process, Masked) else duo_loss
     for i in range(updates):
-        lr = 3e-3 * min(1, 2 - 2 * i / updates)
-        step(loss(net, process, draw_texts(p, 2 * B, rng), rng), optimizer, lr)
+        cell = torch.multinomial(p.flatten(), 2 * B, replacement=True, generator=rng)
+        texts = torch.stack([cell // K, cell % K], 1)
+        step(loss(net, process, texts, rng), optimizer, 3e-3 * min(1, 2 - 2 * i / updates))
     return net
 
 
@@ -284,16 +271,16 @@ def run(name, seed, updates):
     torch.manual_seed(seed)
     rng, process, p = torch.Generator().manual_seed(seed), PROCESSES[name], eight_modes()
     teacher = train_teacher(p, process, rng, updates)
-    nets = [("teacher", passes, teacher) for passes in TEACHER_PASSES]
-    for model, how in MODELS[name].items():
+    nets = [("teacher", passes, teacher) for passes in (1, 4, 50)]
+    for model, options in MODELS[name].items():
         some = updates if model == "IDLM" else updates // 3
-        nets.append((model, 1, distil(teacher, process, rng, some, **how)))
-    found = []
+        nets.append((model, 1, distil(teacher, process, rng, some, **options)))
+    results = []
     for model, passes, net in nets:
         P = law(net, process, passes, rng)
-        record = dict(process=name, model=model, passes=passes, **scores(P, p), seed=seed)
-        found.append((P.numpy(), record))
-    return found
+        record = {"process": name, "model": model, "passes": passes, **scores(P, p), "seed": seed}
+        results.append((P.numpy(), record))
+    return results
 
 
 # ---- the picture --------------------------------------------------------------------------------
@@ -304,16 +291,17 @@ def draw_picture(results, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     p, rows, failing = eight_modes().numpy(), [], [None]
-    for name, found in results.items():
-        rows.append([(p, None)] + found[:4])
-        failing += found[4:]
-    plt.rcParams["font.size"] = 14
-    figure, axes = plt.subplots(3, 5, figsize=(10, 8), layout="constrained")
+    for models in results.values():
+        rows.append([(p, None)] + models[:4])
+        failing += models[4:]
+    plt.rcParams |= {"font.size": 13, "axes.titlesize": 13}
+    figure, axes = plt.subplots(3, 5, figsize=(8.3, 7.3), layout="constrained")
     for row, panels in enumerate([*rows, failing]):
         for axis, panel in zip(axes[row], panels):
             axis.set(xticks=[], yticks=[])
             if panel is None:
                 axis.axis("off")
+                axis.text(0, 0.4, "What fails\nin one pass")
                 continue
             P, record = panel
             axis.imshow(P.T ** 0.5, origin="lower", cmap="magma", vmin=0, vmax=p.max() ** 0.5)
@@ -322,12 +310,12 @@ def draw_picture(results, path):
                 title = "{model}\n{passes} pass".format(**record) + "es" * (record["passes"] > 1)
                 label = "valid {validity:.1%}\nJS {js:.3f}".format(**record)
             if row == 2:
-                title = "{process},\n{model}".format(**record)
-            axis.set_title("" if row == 1 else title, fontsize=14)
+                title = "{process}\n{model}".format(**record)
+            axis.set_title("" if row == 1 else title)
             axis.set_xlabel(label)
         axes[row, 0].set_ylabel([*results, ""][row])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=166)
+    figure.savefig(path, dpi=150)
 
 
 def main():
@@ -344,15 +332,16 @@ def main():
     tasks = [(name, seed, args.updates) for seed in args.seeds for name in PROCESSES]
     # Workers leave Ctrl-C to this process, which ends them on its way out of `with`.
     with multiprocessing.Pool(2, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        found = pool.starmap(run, tasks, chunksize=1)
-    records = [record for models in found for _, record in models]
+        results = pool.starmap(run, tasks, chunksize=1)
+    records = [record for models in results for _, record in models]
     for record in records:
         print("{process:8}{model:13}{passes:3} passes  valid {validity:.4f}  js {js:.4f}  "
               "seed {seed}".format(**record))
-    write_json(args.records, {**provenance(args.seeds[0], "cpu"), "records": records})
-    draw_picture(dict(zip(PROCESSES, found)), args.picture)
+    provenance = checkpoint.provenance(args.seeds[0], "cpu")
+    checkpoint.write_json(args.records, {"provenance": provenance, "records": records})
+    draw_picture(dict(zip(PROCESSES, results)), args.picture)
     print(f"wrote {args.picture} and {args.records}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    checkpoint.run_script(main)

@@ -34,41 +34,10 @@ from generator import draw_latent
 from idlm_loss import masked_fake_loss, masked_generator_loss
 from idlm_loss import soft_fake_loss, soft_generator_loss
 from idlm_loss import uniform_fake_loss, uniform_generator_loss
+from presets import PRESETS
 from run import LOSS_NAME, Run, begin, changeable, defining, joined, next_token_loss
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
-# STAGE_NAME goes before NAME; a flag goes before both.
-PRESETS = {
-    # 2 CPU cores, six minutes for everything. Characters of Shakespeare.
-    "laptop": dict(
-        data="data/shakespeare.txt", tokenizer="char", block_size=64, size="4x4x128", dropout=0.0,
-        batch_size=64, micro_batch=64, warmup=50, lr_decay=0.1, beta2=0.95, clip=1.0, adam_eps=1e-8,
-        save_every=250,
-        teacher_updates=1500, teacher_lr=3e-3, teacher_ema=0.995,
-        dcd_updates=300, dcd_lr=3e-4, dcd_ema=0.99,
-        idlm_updates=500, idlm_lr=2e-4, fake_lr=3e-4, idlm_ema=0.99, idlm_batch_size=32,
-        judge_updates=450, judge_lr=3e-3, judge_ema=0.99),
-    # One GPU, some minutes. The same text, a larger network.
-    "gpu": dict(
-        data="data/shakespeare.txt", tokenizer="char", block_size=256, size="8x6x384", dropout=0.1,
-        batch_size=128, micro_batch=128, warmup=100, lr_decay=0.1, beta2=0.95, clip=1.0,
-        adam_eps=1e-8, save_every=1000,
-        teacher_updates=10_000, teacher_lr=1e-3, teacher_ema=0.999,
-        dcd_updates=2000, dcd_lr=1e-4, dcd_ema=0.999,
-        idlm_updates=1500, idlm_lr=1e-4, fake_lr=3e-4, idlm_ema=0.99,
-        judge_updates=3000, judge_lr=1e-3, judge_ema=0.999),
-    # The paper's recipe: 169M parameters, batch 512, no clipping, and a rate that stays as it is
-    # after warm-up. The released loss is a sum over 1,024 positions, ours their mean: its eps of
-    # 1e-8 is 1e-8 / 1024 on our scale.
-    "owt": dict(
-        data="Skylion007/openwebtext", tokenizer="gpt2", block_size=1024, size="12x12x768",
-        dropout=0.1, batch_size=512, micro_batch=8, warmup=2500, lr_decay=1.0, beta2=0.999,
-        clip=math.inf, adam_eps=1e-8 / 1024, save_every=1000,
-        teacher_updates=1_000_000, teacher_lr=3e-4, teacher_ema=0.9999,
-        dcd_updates=50_000, dcd_lr=6e-5, dcd_ema=0.9999,
-        idlm_updates=100_000, idlm_lr=1e-6, fake_lr=1e-6, idlm_ema=0.9999,
-        judge_updates=100_000, judge_lr=3e-4, judge_ema=0.9999),
-}
 STAGES = {"mdlm": ("teacher", "idlm"), "duo": ("teacher", "dcd", "idlm")}
 ALL_STAGES = "teacher", "dcd", "idlm", "judge"
 DCD_ROUNDS = 5                # each takes the student's EMA as its teacher and doubles delta
@@ -101,8 +70,6 @@ def parse_args(argv=None):
     add("--micro_batch", type=number(int, 1), help="texts per pass; the rest accumulates")
     add("--lr", type=number(float, 0), help="peak learning rate (idlm: the generator's)")
     add("--fake_lr", type=number(float, 0), help="idlm: the fake's")
-    add("--fake_updates", type=number(int, 1), default=1,
-        help="idlm: per generator update")
     add("--ema", type=number(float, 0, 1), help="decay of the averaged weights that sampling uses")
     # the method
     add("--pairing", choices=("matched", "independent"), default="matched",
@@ -141,6 +108,7 @@ def settings_of(args, stage):
     given = {key: value for key, value in vars(args).items() if value is not None}
     s = argparse.Namespace(**{**vars(args), **preset, **given})
     s.stage = stage
+    s.wrap_eos = s.wrap_eos and s.tokenizer == "gpt2"
     s.kind = "masked" if s.process == "mdlm" else s.update
     s.world = int(os.environ.get("WORLD_SIZE", 1))
     s.rank = int(os.environ.get("RANK", 0))
@@ -195,7 +163,7 @@ def train(s, run, data):
         if s.stage == "dcd" and step and step % round_length == 0:
             run.teacher.load_state_dict(run.main.ema.state_dict())
         for m in range(s.rank, s.num_micro, s.world):
-            x_0, free, t, _, rng = draw_batch(s, data, step, 0, m)
+            x_0, free, t, _, rng = draw_batch(s, data, step, "net", m)
             with s.autocast:
                 if s.stage == "judge":
                     loss = next_token_loss(net, x_0)
@@ -223,36 +191,33 @@ def distil(s, run, data):
         # ======== inner problem: the fake follows the generator ========
         generator.eval()                                   # no dropout in the rows it learns from
         fake.train().requires_grad_(True)
-        for part in range(1, 1 + s.fake_updates):
-            for m in range(s.rank, s.num_micro, s.world):
-                x_0, free, t, t_tilde, rng = draw_batch(s, data, step, part, m)
-                eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
-                noise = process.draw_noise(t, s.block_size, rng, free)
-                with s.autocast:
-                    if s.kind == "masked":
-                        loss = masked_fake_loss(generator, fake, eps, rng, **noise)
-                    elif s.kind == "hard":
-                        loss = uniform_fake_loss(generator, fake, eps, rng, **noise)
-                    else:
-                        noise = process.gaussian_noise(t, free)
-                        loss = soft_fake_loss(generator, fake, eps, rng, **noise)
-                run.follower.backward(loss, m)
-            fake_loss, fake_norm = run.follower.update(step)
+        for m in range(s.rank, s.num_micro, s.world):
+            x_0, free, t, t_tilde, rng = draw_batch(s, data, step, "fake", m)
+            eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
+            noise = process.draw_noise(t, s.block_size, rng, soft, free)
+            with s.autocast:
+                if s.kind == "masked":
+                    loss = masked_fake_loss(generator, fake, eps, rng, **noise)
+                elif s.kind == "hard":
+                    loss = uniform_fake_loss(generator, fake, eps, rng, **noise)
+                else:
+                    loss = soft_fake_loss(generator, fake, eps, rng, **noise)
+            run.follower.backward(loss, m)
+        fake_loss, fake_norm = run.follower.update(step)
 
         # ======== outer problem: the generator descends the gap ========
         generator.train()
         fake.eval().requires_grad_(False)
         for m in range(s.rank, s.num_micro, s.world):
-            x_0, free, t, t_tilde, rng = draw_batch(s, data, step, 0, m)
+            x_0, free, t, t_tilde, rng = draw_batch(s, data, step, "generator", m)
             eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
-            noise = process.draw_noise(t, s.block_size, rng, free)
+            noise = process.draw_noise(t, s.block_size, rng, soft, free)
             with s.autocast:
                 if s.kind == "masked":
                     gap = masked_generator_loss(generator, fake, teacher, eps, rng, **noise)
                 elif s.kind == "hard":
                     gap = uniform_generator_loss(generator, fake, teacher, eps, rng, **noise)
                 else:
-                    noise = process.gaussian_noise(t, free)
                     gap = soft_generator_loss(generator, fake, teacher, eps, rng, **noise)
             run.main.backward(gap, m)
         gap, norm = run.main.update(step)
@@ -266,7 +231,7 @@ def run_stage(args, stage, data):
     is_finished, saved = begin(s, data)
     if is_finished:
         return print(f"{s.out / stage}.pt is finished: kept")
-    shown = defining(s, data) | changeable(s) | {"micro_batch": s.micro_batch}
+    shown = defining(s, data) | changeable(s)
     print(" ".join(f"{name}={value}" for name, value in shown.items()))
     run = Run(s, data, saved)
     if stage == "idlm":
@@ -281,18 +246,20 @@ def main(argv=None):
     began = time.time()
     s = settings_of(args, args.stage or "teacher")
     with joined(s):
-        data = TextData(s.data, s.tokenizer, s.block_size, cache=s.cache)
+        data = TextData(s.data, s.tokenizer, s.block_size, cache=s.cache, wrap_eos=s.wrap_eos)
         print(f"{s.data}: {data.K} tokens in the vocabulary, {len(data.train):,} to train on; held "
               f"out: {data.held_out}\n{s.device}, compile {s.compile}, in {s.out}")
         for stage in [args.stage] if args.stage else STAGES[args.process]:
             run_stage(args, stage, data)
-            print(f"{(time.time() - began) / 60:.1f} minutes so far", flush=True)
+            print(f"{(time.time() - began) / 60:.1f} minutes so far")
     if s.rank == 0:
         if not args.stage:
             import evaluate                 # which trains its judge with this file
             evaluate.short_table(s.out, s.process, s.device, s.seed, s.no_compile)
-        print(f"{(time.time() - began) / 60:.1f} minutes in all. Next: python sample.py --steps 16 "
-              f"--process {s.process} --out {s.out}")
+        script = "evaluate.py" if args.stage == "judge" else "sample.py --steps 16"
+        model = "" if args.stage in (None, "idlm", "judge") else f" --model {args.stage}"
+        print(f"{(time.time() - began) / 60:.1f} minutes in all. Next: python {script} --process "
+              f"{s.process} --out {s.out}{model}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import lzma
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 @pytest.fixture
 def byte_gpt2(monkeypatch):
-    """Stands in for GPT-2's word list, which may have to be fetched: GPT-2's rules, its tokens the
+    """Stands in for GPT-2's tokens, which may have to be fetched: GPT-2's rules, its tokens the
     bytes, end-of-text, and five pairs."""
     ranks = {bytes([i]): i for i in range(256)}
     ranks |= {pair: 257 + i for i, pair in enumerate([b"\n\n", b"  ", b" \n", b"la", b" l"])}
@@ -176,11 +177,11 @@ def test_the_default_text_is_there_from_any_folder(tmp_path, monkeypatch, write)
 
 def test_every_file_is_read_as_utf_8_whatever_the_machine_prefers(tmp_path, write):
     """Written, and read again, where a file without a named encoding is ASCII, and an error."""
-    code = ("import sys, unittest.mock; sys.modules['torch'] = unittest.mock.MagicMock(); "     # slow
+    code = ("import sys, unittest.mock; sys.modules['torch'] = unittest.mock.MagicMock(); "
             "import data; [data.TextData('text.txt', block_size=16) for _ in range(2)]")
     os.rename(write(TEXT), tmp_path / "text.txt")
-    subprocess.run([sys.executable, "-X", "warn_default_encoding", "-W", "error::EncodingWarning:data",
-                    "-c", code], cwd=tmp_path, check=True,
+    subprocess.run([sys.executable, "-X", "warn_default_encoding",
+                    "-W", "error::EncodingWarning:data", "-c", code], cwd=tmp_path, check=True,
                    env=os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0"})
 
 
@@ -209,6 +210,16 @@ def test_an_empty_or_torn_record_counts_as_nothing_done(load, write, tmp_path, r
     assert json.loads(path.read_text(encoding="utf-8"))["done"]
 
 
+def test_the_record_is_written_under_a_name_of_its_process_and_renamed(load, write, monkeypatch):
+    written = []
+    replace = Path.replace
+    monkeypatch.setattr(os, "getpid", lambda: 4321)
+    monkeypatch.setattr(Path, "replace", lambda new, path: written.append((
+        new.name, path.name, json.loads(new.read_text())["done"])) or replace(new, path))
+    name = load(write(TEXT)).key + ".json"
+    assert written == [(name + ".4321", name, False), (name + ".4321", name, True)]
+
+
 # ---- long texts, in pieces ----------------------------------------------------------------------
 
 def test_pieces_give_the_tokens_of_the_whole(load, write, byte_gpt2, monkeypatch):
@@ -216,7 +227,7 @@ def test_pieces_give_the_tokens_of_the_whole(load, write, byte_gpt2, monkeypatch
     shorter than a piece, so that each piece has a place where it can be cut."""
     draw = random.Random(0)
     text = ""
-    for _ in range(5000):
+    for _ in range(3000):
         text += "".join(draw.choices("la'é1.", k=draw.randint(1, 9))) + draw.choice(" \n")
         text += "".join(draw.choices(" \n\u3000\t", k=draw.randint(0, 8)))
     whole = byte_gpt2.encode_ordinary(text)
@@ -239,7 +250,7 @@ def test_memory_is_bounded_by_the_piece_and_not_by_the_text(load, write, monkeyp
     assert len(all_tokens(x)) == 420_000 and peak < 250_000
 
 
-@pytest.mark.parametrize("run", [" ", "\n", "a"])
+@pytest.mark.parametrize("run", [" ", "a"])
 def test_a_million_of_one_character_does_not_panic(load, write, byte_gpt2, run):
     text = "x" + run * 1_100_000 + "y"
     x = load(write(text), tokenizer="gpt2")
@@ -263,6 +274,7 @@ def test_of_one_text_the_last_tokens_are_held_out(load, write):
     ([100] * 19 + [250], 250, "the last 1 of 20 documents, 250 of 2,188 tokens (11.4%)"),
     ([100] * 19 + [30], 78, "the last 78 of 1,968 tokens (4.0%)"),         # under half of 4 %
     ([100] * 19 + [1000], 117, "the last 117 of 2,938 tokens (4.0%)"),     # over three times
+    ([10] * 20, 16, "the last 16 of 238 tokens (6.7%)"),                   # not even a block
 ])
 def test_documents_are_held_out_where_they_are_near_their_share(load, write, sizes, val, said):
     for i, size in enumerate(sizes):
@@ -370,6 +382,22 @@ def test_a_saved_data_set(load, folder, byte_gpt2):
     assert text_of(x, all_tokens(x)) == "\n\n".join(TEXTS)
 
 
+def test_a_data_set_with_splits_is_its_train_split(load, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = {"train": {"text": ["abc" * 30]}, "test": {"text": ["xyz" * 30]}}
+    splits = {name: datasets.Dataset.from_dict(rows) for name, rows in splits.items()}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    x = load(str(tmp_path / "saved"))
+    assert text_of(x, all_tokens(x)) == "abc" * 30
+
+
+def test_a_folder_with_another_data_set_is_another_text(load, tmp_path):
+    for text in "abc", "xyz":
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        x = load(save([text * 30], tmp_path / "saved"))
+        assert text_of(x, all_tokens(x)) == text * 30
+
+
 class Killed(BaseException):
     pass
 
@@ -381,7 +409,8 @@ def test_killed_anywhere_and_continued_gives_the_same_file(tmp_path, write, byte
                                                            tokenizer, loss):
     """A kill at every fsync and in every writing of the record in turn, halfway. What the disk then
     holds of the bytes after the last record: all, none, or noise; or half of the row is gone, or
-    all of it. Work that is on record is not redone. Three groups, and one without a piece that says: done."""
+    all of it. Work that is on record is not redone. There are three groups, then the record that
+    all is done."""
     monkeypatch.setattr(data, "GROUP", 5)
     fsync, write_text, batch = os.fsync, Path.write_text, tiktoken.Encoding.encode_ordinary_batch
 
@@ -389,7 +418,7 @@ def test_killed_anywhere_and_continued_gives_the_same_file(tmp_path, write, byte
         source = write(text, f"{i:02}.txt")
 
     def run(cache):
-        return TextData(os.path.dirname(source), cache=str(cache), tokenizer=tokenizer, block_size=4)
+        return TextData(os.path.dirname(source), tokenizer, 4, cache=str(cache))
     whole = all_tokens(run(tmp_path / "cache"))
     kills = 0
     for kill_at in range(100):
@@ -490,7 +519,7 @@ def test_a_hub_data_set_that_changed_is_begun_anew(load, folder, monkeypatch, ch
     assert text_of(x, all_tokens(x)) == "\n\n".join(changed)
 
 
-# ---- bad input: one sentence each, which names what is wrong and what to do -----------------------
+# ---- bad input: one sentence each, which names what is wrong and what to do ---------------------
 
 def sentence(failure, *parts):
     text = str(failure.value)

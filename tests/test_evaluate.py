@@ -229,7 +229,7 @@ def stand_in(net, asked):
             return "?" * len(ids)
 
     class Model(torch.nn.Module):
-        config = types.SimpleNamespace(max_position_embeddings=20)
+        config, dtype = types.SimpleNamespace(max_position_embeddings=20), torch.float32
 
         def forward(self, x, output_hidden_states):
             h = net.hidden(x, torch.zeros(len(x)))
