@@ -209,13 +209,13 @@ def run_case(mode, label, flags):
     flops = count_flops(build, s, process) if peak and mode != "rival" else 0
     rows.COMPILE = s.compile
     torch._dynamo.reset()
-    gc.collect()                            # the networks so far
     cuda = s.device.type == "cuda"
     if cuda:
+        gc.collect()                        # the networks so far
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times, again = measure(build(s, process), cuda)
-    ms, tenths = median(times), quantiles(times, n=10)
+    ms, tenths = median(times), quantiles(times, n=10, method="inclusive")
     record = {"name": f"{mode} {label} B{s.batch_size}", "L": s.block_size, "size": s.size,
               "median_ms": round(ms, 3), "p10_ms": round(tenths[0], 3),
               "p90_ms": round(tenths[-1], 3), "recompilations": again,
@@ -233,21 +233,22 @@ def show(record):
     shown = "median_ms", "ms_per_pass", "peak_gib", "tokens_per_s", "mfu"
     print(record["name"], *(f" {key} {record[key]}" for key in shown if key in record), flush=True)
     for theirs in read_records(AUTHORS):
-        if [theirs[key] for key in ("name", "L", "size")] == list(record.values())[:3]:
+        if all(theirs[key] == record[key] for key in ("name", "L", "size")):
             print("  the authors' code", *(f" {key} {theirs[key]}" for key in shown[:3]))
 
 
 def main(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("mode", nargs="?", choices=("train", "sample", "rival", "scaling"))
-    p.add_argument("--all", action="store_true", help="all but scaling; as without a mode")
     p.add_argument("--records", type=Path, default="out/bench.json", help="added to this list")
     args, rest = p.parse_known_args(argv)
+    wanted, *rest = rest or ["--all"]
+    if wanted not in ("--all", *(mode for mode, _, _ in CASES)):
+        raise BadInput(f"{wanted} is no case: begin with --all, train, sample, rival or scaling")
     if args.records.exists():
         read_records(args.records)          # a wrong file: before anything is measured
     again = []
     for mode, label, flags in CASES:
-        if mode == args.mode or (not args.mode and mode != "scaling"):
+        if mode == wanted or (wanted == "--all" and mode != "scaling"):
             record = run_case(mode, label, flags.split() + rest)
             append_records(args.records, [record])
             show(record)

@@ -16,6 +16,10 @@ gen_ppl_matched is read off it there. Intervals: bootstrap over texts, 95 %.
           ngram: of characters, ready in seconds        none: no perplexity
           FILE.pt: another run's judge    FILE.gguf or any other name: a model of transformers
           several: the first fills gen_ppl, the next one gen_ppl_2, ...
+--mauve   of each judge but ngram: features are its last hidden state, the mean over the counted
+          positions (the package's: the last position's), of each row's texts against other real
+          ones; "real text (other half)" is the ceiling. Other texts, judge or number of texts:
+          not comparable
 Counted: every token but a text's first, which has no context; end-of-text like any other. A model
 of transformers reads the decoded text with its tokenizer, cut to its longest input.
 To reuse: copy the metrics; they need numpy alone.
@@ -441,9 +445,6 @@ class Measure:
                            "another judge") from None
         if not (np.isfinite(score.nll).all() and score.tokens.sum()):
             raise BadInput(f"--judge {name} gives NaN, or sees no token in the text; take another")
-        if "mauve" in self.metrics and score.features is None:
-            raise BadInput(f"--mauve needs the hidden states of a judge and {name} has none: take "
-                           "ar, or leave --mauve out")
         return score
 
     def __call__(self, tokens, **setting):
@@ -466,7 +467,7 @@ class Measure:
             ratios["bits_per_char" + suffix] = score.nll / math.log(2), score.chars
             if score.grads is not None:
                 ratios["gm" + suffix] = gradient_moment(score.grads, real.grads), 1
-            if "mauve" in self.metrics:
+            if "mauve" in self.metrics and score.features is not None:
                 record["mauve" + suffix] = mauve(score.features, real.features)
         if self.answers is not None and setting["kind"] == "model":
             right = ((tokens == self.answers) | (self.answers < 0)).all(1)
@@ -559,9 +560,12 @@ def cell(record, key):
     if not isinstance(value, float):
         return str(value)
     text = f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    if interval:
-        text += " ±open" if None in interval else f" ±{(interval[1] - interval[0]) / 2:.2g}"
-    return text
+    if not interval:
+        return text
+    if None in interval:
+        return text + " ±open"
+    half = round((interval[1] - interval[0]) / 2, 9)       # of equal texts: 0, not a rounding error
+    return text + (f" ±{half:.2g}" if half < 100 else f" ±{half:.0f}")
 
 
 def records_table(records, columns=COLUMNS):
@@ -630,9 +634,12 @@ def check_args(args):
         raise BadInput(f"--steps {args.steps} --temperatures {args.temperatures}: use positives")
     if not 0 <= args.seed < 2 ** 32:
         raise BadInput(f"--seed {args.seed}: choose one from 0 to {2 ** 32 - 1}")
-    if len(args.judge) > len(SUFFIXES) or "none" in args.judge[not (args.sweep or args.mauve):]:
+    if len(args.judge) > len(SUFFIXES) or "none" in args.judge[not args.sweep:]:
         raise BadInput(f"--judge {' '.join(args.judge)}: give {len(SUFFIXES)} at most, and none "
-                       "stands alone, without --sweep and --mauve")
+                       "stands alone, without --sweep")
+    if args.mauve and {*args.judge} <= {"none", "ngram"}:
+        raise BadInput(f"--mauve needs the hidden states of a judge and {args.judge[0]} has none: "
+                       "add ar, or leave --mauve out")
     if args.mauve and not find_spec("mauve"):
         raise BadInput("--mauve needs a package: pip install -r requirements-eval.txt")
     if args.records and args.records.exists():

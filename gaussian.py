@@ -84,24 +84,29 @@ class GaussianClock:
     def soft_corrupt(self, x_0, t, rng, free=None, tau=1e-3, k=24):
         """softmax(w / tau) of tokens x_0 (B, L) at t (B,), as its k largest entries.
 
-        Returns the soft input (weights, ids), each (B, L, k), and z = argmax(w) (B, L). Where not
-        free, w is the token alone. Besides its own token, w is plain noise, of which only the
-        largest entries matter. Their law is known, so a vocabulary of Gaussians is never drawn: of
-        n uniforms in falling order each is the one before times u^(1 / number left), and they stand
-        at random places. What k leaves out is below 1e-9 of the sum, but for one position in
-        millions.
+        Returns the soft input (weights, ids), each (B, L, k), and z = argmax(w) (B, L), on the
+        device of x_0. Where not free, w is the token alone. Besides its own token, w is plain
+        noise, of which only the largest entries matter. Their law is known, so a vocabulary of
+        Gaussians is never drawn: of n uniforms in falling order each is the one before times
+        u^(1 / number left), and they stand at random places. What k leaves out is below 1e-9 of the
+        sum, but for one position in millions.
         """
+        device = x_0.device
+        rng = on_device(rng, device)
         scale, std, _, _ = self(t.double())
+        scale = scale.to(device)[:, None]
+        std = std.to(device)[:, None, None]
         k = min(k, self.K - 1)
-        xi = torch.randn(*x_0.shape, 1, generator=rng, dtype=torch.float64)
-        u = torch.rand(*x_0.shape, k, generator=rng, dtype=torch.float64)
-        number_left = torch.arange(self.K - 1, self.K - 1 - k, -1)
+        like = {"generator": rng, "device": device, "dtype": torch.float64}
+        xi = torch.randn(*x_0.shape, 1, **like)
+        u = torch.rand(*x_0.shape, k, **like)
+        number_left = torch.arange(self.K - 1, self.K - 1 - k, -1, device=device)
         falling = (u.log() / number_left).cumsum(-1).exp()
         largest = torch.special.ndtri(falling)
-        w = std[:, None, None] * torch.cat([xi, largest], -1)
-        w[..., 0] += scale[:, None]
+        w = std * torch.cat([xi, largest], -1)
+        w[..., 0] += scale
         if free is not None:
-            w[..., 0].masked_fill_(~free, 100.0)
+            w[..., 0].masked_fill_(~free.to(device), 100.0)
         places = random_places(self.K - 1, k, x_0.shape, rng)
         others = places + (places >= x_0[..., None])
         ids = torch.cat([x_0[..., None], others], -1)
@@ -131,14 +136,22 @@ class GaussianClock:
         return states
 
 
+def on_device(rng, device):
+    """A generator on `device`, seeded from rng where that is elsewhere."""
+    if rng.device.type == device.type:
+        return rng
+    seed = torch.randint(2 ** 62, (), generator=rng, device=rng.device)
+    return torch.Generator(device).manual_seed(seed.item())
+
+
 def random_places(n, k, shape, rng):                       # -> (*shape, k) int64
-    """k different numbers below n, in random order."""
-    if n <= 1024:
-        return torch.rand(*shape, n, generator=rng).argsort(-1)[..., :k]
-    places = torch.randint(n, (*shape, k), generator=rng)
-    while True:                             # rows with a repetition are drawn again
-        ordered = places.sort(-1).values
-        is_tied = (ordered.diff(dim=-1) == 0).any(-1)
-        if not bool(is_tied.any()):
-            return places
-        places[is_tied] = torch.randint(n, (int(is_tied.sum()), k), generator=rng)
+    """k different numbers below n, in random order. Floyd: a repetition takes the newest number."""
+    device = rng.device
+    chosen = torch.empty(*shape, 0, dtype=torch.int64, device=device)
+    for newest in range(n - k, n):
+        draw = torch.randint(newest + 1, (*shape, 1), generator=rng, device=device)
+        is_taken = (chosen == draw).any(-1, keepdim=True)
+        place = torch.where(is_taken, newest, draw)
+        chosen = torch.cat([chosen, place], -1)
+    order = torch.rand(chosen.shape, generator=rng, device=device).argsort(-1)
+    return chosen.gather(-1, order)

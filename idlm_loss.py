@@ -254,15 +254,15 @@ def uniform_generator_loss(
 
 NO_BONUS = 0.0
 
-def top_entries(w, k):                                     # (N, K) -> (N, k): ids, largest first
+def top_entries(w, k, size=64):                            # (N, K) -> (N, k): ids, largest first
     """w.topk(k), by blocks: the k largest entries stand in the k blocks of the largest maxima."""
-    if w.shape[1] <= 256 * k:
+    if w.shape[1] <= size * k:
         return w.topk(k).indices
-    blocks = F.pad(w, (0, -w.shape[1] % 256), value=-torch.inf).unflatten(1, (-1, 256))
+    blocks = F.pad(w, (0, -w.shape[1] % size), value=-torch.inf).unflatten(1, (-1, size))
     best = blocks.amax(-1).topk(k).indices                           # (N, k) blocks
-    candidates = blocks.gather(1, best[..., None].expand(-1, -1, 256)).flatten(1)
+    candidates = blocks.gather(1, best[..., None].expand(-1, -1, size)).flatten(1)
     at = candidates.topk(k).indices
-    return best.gather(1, at // 256) * 256 + at % 256
+    return best.gather(1, at // size) * size + at % size
 
 
 def top_of_state(logits_g, xi, scale, std, k):             # (N, K) x2, (N, 1) x2 -> (N, k): ids

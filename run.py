@@ -57,14 +57,13 @@ def joined(s):
         dist.init_process_group(backend, timeout=timedelta(days=1))     # one tokenises, all wait
     if s.rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    lock = checkpoint.lock_folder(s.out)
-    for torn in s.out.glob("*.pt.*.tmp"):                    # of a kill while saving
-        torn.unlink(missing_ok=True)
-    torch.set_float32_matmul_precision("high")
-    for name in s.init_from, s.start_from:
-        if name:                            # a wrong one: before tokenising
-            checkpoint.load_network(name, "cpu", s.process)
-    with lock:
+    with checkpoint.lock_folder(s.out):
+        for torn in s.out.glob("*.pt.*.tmp"):                # of a kill while saving
+            torn.unlink(missing_ok=True)
+        torch.set_float32_matmul_precision("high")
+        for name in s.init_from, s.start_from:
+            if name:                        # a wrong one: before tokenising
+                checkpoint.load_network(name, "cpu", s.process)
         yield
     if s.world > 1:
         dist.destroy_process_group()

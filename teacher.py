@@ -52,9 +52,7 @@ class Masked:
     def K(self):
         return self.vocab_size - 1
 
-    @property
-    def mask_id(self):
-        return self.vocab_size - 1
+    mask_id = K
 
     def sigma(self, t):
         """Time conditioning is off: the number of masks says what t is."""
@@ -145,18 +143,15 @@ class Uniform:
     def draw_noise(self, t, L, rng, soft=False, free=None):
         """The noise of x_t, as idlm_loss.py takes it for `hard`; soft: its Gaussian level."""
         if soft:
-            return self.gaussian_noise(t, free)
-        keep, tokens = self.draw_keep(t, L, rng, free)
-        alpha_t, dalpha_t = self.alpha(t)
-        return {
-            "keep": keep,
-            "tokens": tokens,
-            "alpha": alpha_t,
-            "dalpha": dalpha_t,
-            "sigma": -alpha_t.log(),
-            "K": self.K,
-            "free": free,
-        }
+            scale, std, alpha_t, dalpha_t = self.gaussian(t)
+            noise = {"scale": scale, "std": std}
+        else:
+            alpha_t, dalpha_t = self.alpha(t)
+            keep, tokens = self.draw_keep(t, L, rng, free)
+            noise = {"keep": keep, "tokens": tokens}
+        sigma = -alpha_t.log()
+        level = {"alpha": alpha_t, "dalpha": dalpha_t, "sigma": sigma}
+        return noise | level | {"K": self.K, "free": free}
 
     def corrupt(self, x_0, t, rng, free=None):             # (B, L), (B,) -> x_t (B, L)
         keep, tokens = self.draw_keep(t, x_0.shape[1], rng, free)
@@ -178,19 +173,6 @@ class Uniform:
         stay = (K * alpha_t * f_z + alpha_ts - alpha_t) * is_z
         move = (alpha_s - alpha_t) * x_0_probs + (1 - alpha_ts) * (1 - alpha_s) / K
         return (stay + move) / (K * alpha_t * f_z + 1 - alpha_t)
-
-    def gaussian_noise(self, t, free=None):
-        """The level of the Gaussian noise, as idlm_loss.py takes it for `soft`."""
-        scale, std, alpha_t, dalpha_t = self.gaussian(t)
-        return {
-            "scale": scale,
-            "std": std,
-            "alpha": alpha_t,
-            "dalpha": dalpha_t,
-            "sigma": -alpha_t.log(),
-            "K": self.K,
-            "free": free,
-        }
 
 
 def one_hot_nelbo(logits_f, x, z, a, dalpha, K):           # (N, K), (N,) x2, (N, 1) x2 -> (N,)

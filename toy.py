@@ -246,7 +246,7 @@ def distil(teacher, process, rng, updates, kind, latent_dim=0, use_fake=True):
         t = stratified_times(B, rng)
         if kind == "soft":
             x = torch.ones(B, 2, 1), x[..., None]
-            noise = process.gaussian_noise(t)
+            noise = process.draw_noise(t, 2, rng, soft=True)
         else:
             noise = process.draw_noise(t, 2, rng)
         return (x, process.sigma(torch.ones(B)), generator.draw_z(B, rng)), noise
@@ -332,6 +332,7 @@ def main():
     tasks = [(name, seed, args.updates) for seed in args.seeds for name in PROCESSES]
     # Workers leave Ctrl-C to this process, which ends them on its way out of `with`.
     with multiprocessing.Pool(2, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        print(f"training, seeds {args.seeds}", flush=True)
         results = pool.starmap(run, tasks, chunksize=1)
     records = [record for models in results for _, record in models]
     for record in records:

@@ -35,6 +35,7 @@ from idlm_loss import masked_fake_loss, masked_generator_loss
 from idlm_loss import soft_fake_loss, soft_generator_loss
 from idlm_loss import uniform_fake_loss, uniform_generator_loss
 from presets import PRESETS
+from rows import to_device
 from run import LOSS_NAME, Run, begin, changeable, defining, joined, next_token_loss
 from teacher import dcd_loss, duo_loss, mdlm_loss, stratified_times
 
@@ -84,10 +85,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if args.stage not in (None, "judge", *STAGES[args.process]):
         p.error(f"--stage {args.stage} is none of {args.process}: try --process duo")
-    if args.init_from and args.stage not in ("dcd", "idlm"):
-        p.error(f"--init_from {args.init_from} gives a teacher: add --stage idlm (or dcd)")
-    if args.start_from and args.stage != "idlm":
-        p.error(f"--start_from {args.start_from} gives a generator's start: add --stage idlm")
+    if (args.init_from or args.start_from) and args.stage not in ("dcd", "idlm"):
+        p.error("--init_from and --start_from are for one stage: add --stage idlm (or dcd)")
     args.device = checkpoint.pick_device(args.device)
     args.dtype = checkpoint.pick_dtype(args.dtype, args.device)
     args.preset = args.preset or ("gpu" if args.device.type == "cuda" else "laptop")
@@ -132,11 +131,12 @@ def key_of(s, step, part, micro):
     return int(hashlib.sha256(key).hexdigest()[:15], 16)
 
 
-def draw_batch(s, data, step, part, m):
+def draw_batch(s, data, step, part, m, soft):
     """The m-th of num_micro interleaved parts of the global batch, b texts.
 
-    Returns x_0 (b, L) on the CPU; free (b, L) bool, or None where the model writes all; t and
-    t_tilde (b,); the rng of all further draws.
+    Returns x_0 (b, L); free (b, L) bool, or None where the model writes all; t and t_tilde (b,);
+    the rng of all further draws. All on the CPU, but x_0 for Gaussian states (soft), which are
+    drawn on the device.
     """
     rng = torch.Generator().manual_seed(key_of(s, step, part, "batch"))
     mine = slice(m, None, s.num_micro)
@@ -145,9 +145,12 @@ def draw_batch(s, data, step, part, m):
     t_tilde = stratified_times(s.batch_size, rng)
     if s.pairing == "independent":
         t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
+    if soft:
+        x_0 = to_device(x_0, s.device)
     seed = key_of(s, step, part, m)
     torch.manual_seed(seed)                                # dropout's
-    torch.compiler.cudagraph_mark_step_begin()
+    if s.compile:
+        torch.compiler.cudagraph_mark_step_begin()
     return x_0, free, t[mine], t_tilde[mine], torch.Generator().manual_seed(seed)
 
 
@@ -162,8 +165,10 @@ def train(s, run, data):
         net.train()
         if s.stage == "dcd" and step and step % round_length == 0:
             run.teacher.load_state_dict(run.main.ema.state_dict())
+        # Duo's curriculum: Gaussian states in the first half
+        soft = s.stage == "teacher" and s.process == "duo" and step < s.updates // 2
         for m in range(s.rank, s.num_micro, s.world):
-            x_0, free, t, _, rng = draw_batch(s, data, step, "net", m)
+            x_0, free, t, _, rng = draw_batch(s, data, step, "net", m, soft)
             with s.autocast:
                 if s.stage == "judge":
                     loss = next_token_loss(net, x_0)
@@ -173,7 +178,6 @@ def train(s, run, data):
                 elif s.process == "mdlm":
                     loss = mdlm_loss(net, process, x_0, rng, t=t, free=free)
                 else:
-                    soft = step < s.updates // 2           # Duo's curriculum
                     loss = duo_loss(net, process, x_0, rng, soft=soft, t=t, free=free)
             run.main.backward(loss, m)
         loss, norm = run.main.update(step)
@@ -192,7 +196,7 @@ def distil(s, run, data):
         generator.eval()                                   # no dropout in the rows it learns from
         fake.train().requires_grad_(True)
         for m in range(s.rank, s.num_micro, s.world):
-            x_0, free, t, t_tilde, rng = draw_batch(s, data, step, "fake", m)
+            x_0, free, t, t_tilde, rng = draw_batch(s, data, step, "fake", m, soft)
             eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
             noise = process.draw_noise(t, s.block_size, rng, soft, free)
             with s.autocast:
@@ -209,7 +213,7 @@ def distil(s, run, data):
         generator.train()
         fake.eval().requires_grad_(False)
         for m in range(s.rank, s.num_micro, s.world):
-            x_0, free, t, t_tilde, rng = draw_batch(s, data, step, "generator", m)
+            x_0, free, t, t_tilde, rng = draw_batch(s, data, step, "generator", m, soft)
             eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
             noise = process.draw_noise(t, s.block_size, rng, soft, free)
             with s.autocast:

@@ -196,7 +196,8 @@ def plot(paths, folder="assets"):
     and MAUVE, or distinct4 without it, against passes, at the temperature nearest to 1. Dashes and
     markers tell the lines apart in black and white, too.  -> path of the figure"""
     from matplotlib.figure import Figure
-    records = [record for path in paths for record in read_records(path) if record.get("gen_ppl")]
+    records = [record for path in paths for record in read_records(path)
+               if record.get("gen_ppl") and "kind" in record]
     y = "mauve" if any("mauve" in record for record in records) else "distinct4"
     records = [record for record in records if y in record]
     of_models = [record for record in records if record["kind"] == "model"]
@@ -225,7 +226,8 @@ def plot(paths, folder="assets"):
         right.axhline(level, color="gray", lw=1)
         right.plot(1, level, **style, transform=right.get_yaxis_transform(), clip_on=False)
     finish(left, right, records[0]["judge"], y)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=SIZE - 2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=SIZE - 2, frameon=False,
+                  handlelength=3.5)
     path = Path(folder, Path(paths[0]).stem + ".png")
     checkpoint.write_whole(path, lambda file: figure.savefig(file, format="png"))
     print(f"wrote {path}")

@@ -1,6 +1,11 @@
 """Puts the repository's root on the path, and holds the helpers that several test files share."""
+import importlib
 import math
+import multiprocessing
+import os
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import checkpoint                                                    # noqa: E402
+from data import BadInput                                            # noqa: E402
 
 
 @pytest.fixture
@@ -110,3 +118,148 @@ def law_score(tokens, law):
     assert df >= 1, "nothing to test"
     chi2 = ((counts - expected) ** 2 / expected).sum().item()
     return ((chi2 / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+
+
+# ---- short runs of train.py and sample.py -------------------------------------------------------
+
+# Dropout and accumulation are on and steps are large: what goes wrong in them shows in the weights.
+TINY = dict(
+    data="text.txt", tokenizer="char", block_size=16, size="1x2x16", dropout=0.1, wrap_eos=False,
+    batch_size=8, micro_batch=4, warmup=2, lr_decay=0.1, beta2=0.95, clip=1.0, adam_eps=1e-8,
+    save_every=3, fake_lr=2e-2,
+    teacher_updates=4, teacher_lr=1e-2, teacher_ema=0.9, dcd_updates=4, dcd_lr=1e-2, dcd_ema=0.9,
+    idlm_updates=4, idlm_lr=1e-2, idlm_ema=0.9, judge_updates=4, judge_lr=1e-2, judge_ema=0.9)
+
+
+def some_text(num_words=800):
+    words = "the king and queen of a land went to see one good man in his old red house".split()
+    drawn = torch.randint(len(words), (num_words,), generator=seeded(0))
+    return " ".join(words[i] for i in drawn)
+
+
+def tiny_flags(flags=""):
+    return ["--preset=tiny", "--no-compile", "--dtype=float32", "--device=cpu", *flags.split()]
+
+
+def run_train(flags=""):
+    """train.py in this process: a run of some updates, of the preset `tiny`."""
+    import train
+    train.main(tiny_flags(flags))
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """An empty working folder with a text of some kB, and the preset `tiny`. -> the folder"""
+    import train
+    (tmp_path / "text.txt").write_text(some_text(), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(train.PRESETS, "tiny", dict(TINY))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    precision = torch.get_float32_matmul_precision()
+    yield tmp_path
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which both processes have run all their stages. Read it; do not write to it."""
+    import train
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "text.txt").write_text(some_text(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setitem(train.PRESETS, "tiny", dict(TINY))
+        for process, stages in train.STAGES.items():
+            for stage in stages:
+                run_train(f"--process {process} --stage {stage}")
+    return folder
+
+
+@pytest.fixture
+def runs(tiny, trained):
+    """A working folder with a copy of the finished runs: out/mdlm and out/duo. -> the folder"""
+    shutil.copytree(trained / "out", tiny / "out")
+    return tiny
+
+
+# ---- scripts in processes of their own ----------------------------------------------------------
+
+def run_script_in_child(script, argv, folder, env, output):
+    import train
+    os.chdir(folder)
+    os.environ.update(env)
+    for fd in (1, 2):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    torch.set_num_threads(1)
+    sys.argv = [f"{script}.py", *argv]
+    train.PRESETS["tiny"] = dict(TINY)
+    checkpoint.run_script(importlib.import_module(script).main)
+
+
+class Child:
+    """A script in a process that can be killed."""
+
+    def __init__(self, context, script, argv, folder, env, output):
+        self.output = output
+        self.process = context.Process(
+            target=run_script_in_child, args=(script, argv, folder, env, output))
+        self.process.start()
+
+    def wait(self, seconds=60):
+        """-> exit status (minus a signal's number), everything that was printed"""
+        self.process.join(seconds)
+        return self.process.exitcode, self.printed()
+
+    def printed(self):
+        return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
+
+    def wait_for(self, text, seconds=60):
+        """Until the script has printed this."""
+        end = time.time() + seconds
+        while text not in self.printed():
+            assert self.process.is_alive() and time.time() < end, self.printed()
+            time.sleep(0.005)
+
+    def send(self, signal_number):
+        os.kill(self.process.pid, signal_number)
+        return self.wait()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start("train", flags, RANK="1", ...) -> Child. Forked from a server that has imported torch:
+    a process costs 0.1 s, not 3."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "torch._dynamo", "train", "sample"])
+    children = []
+
+    def start_script(script, flags, **env):
+        argv = tiny_flags(flags) if script == "train" else flags.split()
+        output = tmp_path / f"printed-{len(children)}"
+        with pytest.MonkeyPatch.context() as patch:            # the server imports from there
+            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+            children.append(Child(context, script, argv, os.getcwd(), env, output))
+        return children[-1]
+
+    yield start_script
+    for child in children:
+        child.process.kill()
+        child.process.join()
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+def refused(call, *words):
+    """call() raises BadInput: one line that holds these words. -> the line"""
+    with pytest.raises(BadInput) as failure:
+        call()
+    line = str(failure.value)
+    assert "\n" not in line and all(word in line for word in words), line
+    return line
+
+
+def contents(folder):
+    """{file: its bytes} of everything below a folder, locks and lines of progress left out."""
+    return {path: path.read_bytes() for path in sorted(Path(folder).rglob("*"))
+            if path.is_file() and not path.name.startswith(".lock")}

@@ -1,186 +1,180 @@
-"""bench.py: its clock, its FLOP units, its iteration, the KV cache of the rival, and a toy run.
+"""bench.py: its clock, its FLOPs, its update, the KV cache of the rival, and its records.
 
-    python -m pytest -q tests/test_bench.py
+Run: python -m pytest tests/test_bench.py
 """
-import argparse
 import copy
 import json
 import time
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench
-import idlm_loss
+import rows
+import train
 from data import BadInput
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform
 
-TINY = ("--device cpu --no-compile --block_size 16 --num_layers 2 --width 32 --num_heads 2 "
-        "--vocab 65 --iters 2 --batch_size 2").split()
-
-
-@pytest.fixture
-def args():
-    device = torch.device("cpu")
-    return argparse.Namespace(
-        mode="train", process="duo", uniform_update="hard", latent="state", betas=(1.0, 1.0),
-        own_token="weighed", batch_size=2, block_size=128, num_layers=2, num_heads=2, width=64,
-        iters=3, dropout=0.1, ema=True, compile=False, device=device, cuda=False,
-        where={"device": "NVIDIA H200"}, amp=torch.autocast("cpu", enabled=False))
+TINY = "--block_size 16 --size 2x2x32 --batch_size 2 --no-compile --device cpu".split()
+FLAGS = {"mdlm": ["--process", "mdlm"], "hard": ["--process", "duo"],
+         "soft": ["--process", "duo", "--update", "soft"]}
 
 
 @pytest.fixture(autouse=True)
-def settings_of_main(monkeypatch):
-    """main() sets three global switches; they are put back after every test."""
-    monkeypatch.setattr(idlm_loss, "COMPILE", False)
-    precision = torch.get_float32_matmul_precision()
-    limit = torch._dynamo.config.cache_size_limit
+def small(monkeypatch):
+    """30 tokens and two rounds; the switches that a case sets are put back."""
+    monkeypatch.setattr(bench, "K", 30)
+    monkeypatch.setattr(bench, "ITERS", 2)
+    monkeypatch.setattr(bench, "WARMUP", 1)
+    monkeypatch.setattr(rows, "COMPILE", False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                               # so small, no faster on two
     yield
-    torch.set_float32_matmul_precision(precision)
-    torch._dynamo.config.cache_size_limit = limit
+    torch.set_num_threads(threads)
 
 
-def test_toy_run_of_all_cases_ends_in_a_line_of_json(capsys, tmp_path):
-    bench.main(["--all", "--process", "duo", "--records", str(tmp_path / "records.json"), *TINY])
-    records = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert records == json.loads((tmp_path / "records.json").read_text())
-    assert [r["name"] for r in records] == [
-        "train mdlm B2", "train hard B2", "train marginal B2", "train soft B2",
-        "sample mdlm 16 B8", "sample mdlm 16 B32", "sample greedy 4 B8", "sample greedy 4 B32",
-        "rival B1", "rival B8", "rival B32"]
+def settings(kind, *flags):
+    """As run_case makes them. -> settings, process"""
+    s = train.settings_of(train.parse_args([*"--preset owt".split(), *TINY, *FLAGS[kind], *flags]),
+                          "idlm")
+    s.micro_batch, s.num_micro = s.batch_size, 1
+    return s, Masked(31) if kind == "mdlm" else Uniform(30)
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+def test_all_cases_print_a_line_and_add_a_record(tmp_path, capsys):
+    path = tmp_path / "records.json"
+    bench.main(["--all", "--records", str(path), *TINY])
+    bench.main(["train", "--records", str(path), *TINY])   # adds to the first
+    records = json.loads(path.read_text())
+    train_names = [f"train {kind} B2" for kind in ("mdlm", "hard", "soft")]
+    names = train_names + ["sample mdlm 16 B2"] * 2 + ["sample duo 4 B2"] * 2
+    names += ["rival ar B2"] * 3 + train_names
+    assert [r["name"] for r in records] == names
+    assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == names
     for r in records:
         assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"]
-        assert r["tokens_per_s"] == round(1e3 * r["B"] * r["L"] / r["median_ms"])
-        assert r["V"] == (65 if r["process"] == "mdlm" else 64)
-        assert r["mfu"] is None and r["peak_gib"] is None and "authors_ms" not in r   # not measured
-        assert {"commit", "torch", "device", "date", "command", "seed", "compile_s"} <= r.keys()
+        assert r["tokens_per_s"] == pytest.approx(1e3 * 2 * 16 / r["median_ms"], rel=0.01, abs=1)
         assert r["recompilations"] == 0
+        assert {"commit", "torch", "device", "date", "command", "seed"} <= r.keys()
+        assert "mfu" not in r and "peak_gib" not in r      # not measured on a CPU
+        if r["name"].startswith("sample"):
+            assert r["passes"] <= int(r["name"].split()[2])
+            assert r["ms_per_pass"] == pytest.approx(r["median_ms"] / r["passes"], abs=0.01)
 
 
-@pytest.mark.parametrize("flags, name", [
-    ("train --process duo --update soft --no-ema", "train soft B2"),
-    ("sample --process duo --ending ancestral --steps 2", "sample ancestral 2 B2"),
-    ("rival", "rival B2")])
-def test_one_case_by_its_flags(flags, name, capsys):
-    bench.main(flags.split() + TINY)
-    record, = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert record["name"] == name
+def test_a_file_that_is_no_list_of_records_is_refused_before_any_work(tmp_path, monkeypatch):
+    path = tmp_path / "notes.json"
+    path.write_text('{"a": 1}')
+    monkeypatch.setattr(bench, "run_case", lambda *_: pytest.fail("measured all the same"))
+    with pytest.raises(BadInput, match="notes.json"):
+        bench.main(["train", "--records", str(path), *TINY])
+    assert path.read_text() == '{"a": 1}'
 
 
-def test_a_size_of_zero_is_refused():
-    with pytest.raises(BadInput, match="below 1"):
-        bench.main(["train", *TINY, "--iters", "0"])
+def test_an_unknown_case_is_refused():
+    with pytest.raises(BadInput, match="sampling is no case"):
+        bench.main(["sampling"])
 
 
-def test_clock_keeps_warm_up_apart_and_times_the_parts(args):
-    """A first call of 0.3 s stands for a compilation; the parts sleep 4 and 8 ms, never less. One
-    graph is compiled in warm-up, two after it: those two are counted."""
+def test_recompilation_ends_in_an_error_after_the_record(tmp_path, monkeypatch):
+    record = {"name": "train mdlm B2", "L": 16, "size": "2x2x32", "recompilations": 1}
+    monkeypatch.setattr(bench, "run_case", lambda *_: record)
+    with pytest.raises(BadInput, match="train mdlm B2"):
+        bench.main(["train", "--records", str(tmp_path / "records.json"), *TINY])
+    assert len(json.loads((tmp_path / "records.json").read_text())) == 3
+
+
+def test_authors_times_stand_beside_a_case_of_the_same_shape_alone(capsys):
+    record = {"name": "sample mdlm 16 B8", "L": 1024, "size": "12x12x768", "median_ms": 64.0,
+              "ms_per_pass": 4.0}
+    bench.show(record)
+    assert "ms_per_pass 34.8" in capsys.readouterr().out
+    bench.show({**record, "L": 512})
+    assert "authors" not in capsys.readouterr().out
+
+
+def test_authors_records_are_whole():
+    """Their N steps are N + 1 passes, and time per pass is time over passes."""
+    for r in bench.read_records(bench.AUTHORS):
+        if r["name"].startswith("sample"):
+            assert r["passes"] == r["steps"] + 1 == int(r["name"].split()[2]) + 1
+            assert r["ms_per_pass"] == pytest.approx(r["median_ms"] / r["passes"], abs=0.06)
+        else:
+            assert r["median_ms"] == pytest.approx(r["fake_ms"] + r["generator_ms"])
+
+
+# ---- the clock and the FLOPs --------------------------------------------------------------------
+
+def test_clock_leaves_the_warm_up_out(monkeypatch):
+    """A first round of 0.3 s stands for a compilation, the others sleep 5 ms, never less. One graph
+    is compiled in the warm-up, one after it."""
+    monkeypatch.setattr(bench, "ITERS", 3)
     calls = []
 
-    def first():
+    def one_round():
         calls.append(0)
-        bench.counters["stats"]["unique_graphs"] += len(calls) in (1, 4, 5)
-        time.sleep(0.3 if len(calls) == 1 else 0.004)
+        bench.counters["stats"]["unique_graphs"] += len(calls) in (1, 3)
+        time.sleep(0.3 if len(calls) == 1 else 0.005)
 
-    parts = [first, lambda: time.sleep(0.008)]
-    parts, record = bench.measure(args, "sleep", 100, parts, warmup=3)
-    assert len(calls) == 6 and record["iters"] == 3
-    assert 4 <= parts[0] < 150 and 8 <= parts[1] < 150 and 12 <= record["median_ms"] < 150
-    assert record["compile_s"] >= 0.1 and record["recompilations"] == 2
-    assert record["mfu"] is None                             # no units, no guess
+    times, compiled = bench.measure(one_round, cuda=False)
+    assert len(times) == 3 and all(5 <= ms < 250 for ms in times)
+    assert compiled == 1
 
 
-def test_mfu_of_the_papers_masked_iteration_by_hand(args):
-    """SPEC: 9 trunk units of 1.7 TFLOP and 3.5 head units of 0.63 are 17.5 TFLOP: at 989 TFLOP/s
-    17.7 ms. An iteration of T ms thus has an MFU of 17.7 / T, and an unknown device has none."""
-    args.batch_size, args.block_size, args.num_layers, args.width = 8, 1024, 12, 768
-    masked = 50258, [lambda: time.sleep(0.02)], bench.UNITS["mdlm"], 1
-    record = bench.measure(args, "masked", *masked)[1]
-    assert record["mfu"] * record["median_ms"] == pytest.approx(17.7, rel=0.02)
-    args.where = {"device": "some other card"}
-    assert bench.measure(args, "masked", *masked)[1]["mfu"] is None
+@pytest.mark.parametrize("kind, trunks", [("mdlm", 9), ("hard", 9), ("soft", 11)])
+def test_flops_are_those_of_the_formula(kind, trunks):
+    """An update is a forward of the generator, three of the fake, and three of the generator, one
+    of teacher and fake each; `soft` goes back through those. A trunk forward is 24 D^2 FLOPs a
+    token and layer, and small beside it here are head, attention and noise level."""
+    s, process = settings(kind, "--size", "3x1x256", "--block_size", "64", "--dropout", "0")
+    counted = bench.count_flops(bench.training, s, process)
+    trunk = 24 * 256 ** 2 * 3 * 2 * 64
+    assert trunks * trunk < counted < 1.15 * trunks * trunk
 
 
-class Products(TorchDispatchMode):
-    """FLOPs of the matrix products whose sizes n, k, m are counted(n, k, m); attention's calls."""
-
-    def __init__(self, counted):
-        super().__init__()
-        self.counted, self.flops, self.forward, self.backward = counted, 0, 0, 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op.overloadpacket.__name__
-        if name in ("mm", "addmm"):
-            (n, k), m = args[-2].shape, args[-1].shape[1]
-            self.flops += 2 * n * k * m * self.counted({n, k, m})
-        self.forward += "scaled_dot_product" in name and "backward" not in name
-        self.backward += "scaled_dot_product" in name and "backward" in name
-        return op(*args, **(kwargs or {}))
+def test_flops_count_no_row_twice(monkeypatch):
+    """Chunked rows are projected again in the backward pass; the count is as if they were not."""
+    s, process = settings("hard")
+    s.seed = 5
+    whole = bench.count_flops(bench.training, s, process)
+    monkeypatch.setattr(rows, "KEEP_ELEMENTS", 64)
+    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", 256)
+    assert bench.count_flops(bench.training, s, process) == whole
+    assert (rows.KEEP_ELEMENTS, rows.CHUNK_ELEMENTS) == (64, 256)
 
 
-def products(args, process, rng, counted):
-    """Those of one iteration."""
-    parts = bench.iteration(args, process, rng)
-    with Products(counted) as found:
-        for part in parts:
-            part()
-    return found
-
-
-@pytest.mark.parametrize("kind", ["mdlm", "hard", "marginal", "soft"])
-def test_units_are_the_products_that_an_iteration_computes(kind, args, rng):
-    """24 D^2 FLOPs a token, layer and weights unit, by the sizes of the products that run; an
-    attention unit a forward call, two a backward call."""
-    args.process, args.uniform_update = ("mdlm", "hard") if kind == "mdlm" else ("duo", kind)
-    args.width, tokens, D = 48, 2 * 128, 48
-    process = Masked(5) if kind == "mdlm" else Uniform(4)
-    counted = products(args, process, rng, lambda sizes: sizes <= {tokens, D, 3 * D, 4 * D})
-    weights, attention, _ = bench.UNITS[kind]
-    assert counted.flops == weights * tokens * args.num_layers * 24 * D * D
-    assert counted.forward + 2 * counted.backward == attention * args.num_layers
-
-
-@pytest.mark.parametrize("kind", ["hard", "marginal"])
-def test_uniform_head_units(kind, args, rng):
-    """The unit does not count the draws, which project the kept positions of both losses anew."""
-    args.uniform_update, args.width, K, D, tokens = kind, 48, 7, 48, 2 * 128
-    counted = products(args, Uniform(K), rng, lambda sizes: K in sizes)
-    drawn = counted.flops / (2 * D * K) - bench.UNITS[kind][2] * tokens
-    assert drawn == int(drawn) and 0.4 * tokens < drawn < 1.6 * tokens
-
+# ---- what is measured ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["mdlm", "hard", "soft"])
-def test_an_iteration_updates_generator_fake_and_average(kind, args, rng, monkeypatch):
-    """Every parameter of both gets a gradient and moves, by AdamW's first step of lr 1e-6; the
-    teacher stays; the average moves by 1e-4 of what the generator did (in float64, to be seen)."""
-    nets, averages, lerp = [], [], torch._foreach_lerp_
-    network = bench.network
-    monkeypatch.setattr(bench, "network", lambda *a, **k: nets.append(network(*a, **k).double())
-                        or nets[-1])
-    monkeypatch.setattr(torch, "_foreach_lerp_", lambda average, weights, share: averages.append(
-        (average, [x.clone() for x in average])) or lerp(average, weights, share))
-    args.process, args.uniform_update = ("mdlm", "hard") if kind == "mdlm" else ("duo", kind)
-    args.dropout, args.block_size = 0.0, 32
-    parts = bench.iteration(args, Masked(9) if kind == "mdlm" else Uniform(8), rng)
-    generator, fake, teacher = nets
+def test_an_update_moves_generator_fake_and_average(kind, monkeypatch):
+    """Every parameter of both; the teacher stays. Each call is one more step of train.distil."""
+    runs = []
+    monkeypatch.setattr(bench, "Synthetic", lambda *args: runs.append(Synthetic(*args)) or runs[0])
+    s, process = settings(kind, "--lr", "1e-3", "--fake_lr", "1e-3", "--ema", "0.5")
+    s.warmup = 1
+    update = bench.training(s, process)
+    run, = runs
+    nets = run.net, run.fake, run.main.ema, run.teacher
     before = [[p.detach().clone() for p in net.parameters()] for net in nets]
-    for part in parts:
-        part()
-    for net, old in zip(nets, before):
-        moved = [not torch.equal(p, q) for p, q in zip(net.parameters(), old)]
-        assert not any(moved) if net is teacher else all(moved)
-    (average, old), = averages
-    for a, o, p in zip(average, old, generator.parameters()):
-        assert torch.allclose(a - o, 1e-4 * (p.detach() - o), rtol=1e-3, atol=1e-15)
+    update()
+    moved = [[not torch.equal(p, q) for p, q in zip(net.parameters(), old)]
+             for net, old in zip(nets, before)]
+    assert all(moved[0]) and all(moved[1]) and all(moved[2]) and not any(moved[3])
+    update()
+    assert run.step == 2
+
+
+Synthetic = bench.Synthetic
 
 
 def test_writing_with_a_cache_equals_writing_without():
     """The same draws, the whole text through the causal network at every token, in float64."""
     torch.manual_seed(0)
     net = DiT(ModelConfig(50, num_layers=3, num_heads=2, width=32, causal=True)).double().eval()
-    for block in net.blocks:                 # a new network is the identity and predicts nothing
+    for block in net.blocks:                # a new network is the identity and predicts nothing
         torch.nn.init.ones_(block.adaLN_modulation.bias)
     torch.nn.init.normal_(net.output_layer.linear.weight, std=0.5)
     L, B = 24, 3
@@ -189,15 +183,15 @@ def test_writing_with_a_cache_equals_writing_without():
     with torch.no_grad():
         for i in range(L):
             logits = net(text, torch.zeros(B))[:, -1]
-            text = torch.cat([text, idlm_loss.sample_categorical(logits, u[i])[:, None]], dim=1)
+            text = torch.cat([text, rows.sample_categorical(logits, u[i])[:, None]], dim=1)
     tokens = torch.cat([first, first.new_zeros(B, L)], dim=1)
     write = bench.cached_writer(copy.deepcopy(net), tokens, u)
-    for _ in range(2):                                       # a second text starts from nothing
+    for _ in range(2):                                     # a second text starts from nothing
         tokens[:, 1:] = 0
         write()
         assert torch.equal(tokens, text)
-    assert len(text[:, 1:].unique()) > 20                    # and the comparison is of something
-    with torch.no_grad():                                    # that depends on the past
+    assert len(text[:, 1:].unique()) > 20                  # the comparison is of something
+    with torch.no_grad():                                  # that depends on the past
         last = net(text[:, :-1], torch.zeros(B))[:, -1].softmax(-1)
         alone = net(text[:, -2:-1], torch.zeros(B))[:, -1].softmax(-1)
     assert (last - alone).abs().max() > 0.05

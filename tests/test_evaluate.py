@@ -633,13 +633,15 @@ def test_what_is_no_list_of_records_stays(run_folder, text, reason):
 
 def test_cells():
     record = {"gen_ppl": 12.345, "gen_ppl_ci": [11.9, 12.7], "gen_ppl_matched": None, "steps": 4,
-              "entropy": 2.0, "entropy_ci": [None, 3.0], "seconds": 12345.6}
+              "entropy": 2.0, "entropy_ci": [None, 3.0], "seconds": 12345.6, "gm": 1500.0,
+              "gm_ci": [1200.0, 1800.0], "overlap": 0.1, "overlap_ci": [0.1, 0.1 + 1e-16]}
     assert [evaluate.cell(record, key) for key in (
-        "gen_ppl", "gen_ppl_matched", "steps", "entropy", "seconds", "order")] == [
-        "12.3 ±0.4", "not reached", "4", "2 ±open", "12346", "–"]
+        "gen_ppl", "gen_ppl_matched", "steps", "entropy", "seconds", "order", "gm", "overlap")] == [
+        "12.3 ±0.4", "not reached", "4", "2 ±open", "12346", "–", "1500 ±300", "0.1 ±0"]
     table = evaluate.records_table([record, {"model": "a", "gen_ppl_2": 1.0}]).splitlines()
     assert [cell.strip() for cell in table[0].split("|")[1:-1]] == [
-        "model", "steps", "gen_ppl_matched", "gen_ppl", "gen_ppl_2", "entropy"]
+        "model", "steps", "gen_ppl_matched", "gen_ppl", "gen_ppl_2", "entropy", "overlap",
+        "gm"]
     assert len({len(line) for line in table}) == 1
 
 
@@ -658,14 +660,14 @@ def test_judges_that_disagree():
 @pytest.mark.parametrize("flags, sentence", [
     (["--out", "nowhere"], "no generator in nowhere yet: run python train.py first"),
     (["--out", "nowhere", "--models", "idlm"], "nowhere/idlm.pt"),
-    (["--judge", "ngram", "none"], "none stands alone"),
     (["--judge", "other.pt"], "other.pt cannot judge this text"),
     (["--judge", "out/mdlm/teacher.pt"], "it is a mdlm model"),
     (["--judge", "half.pt"], "half.pt has done 1 of 2 updates"),
     (["--judge", "elsewhere.pt"], "elsewhere.pt was trained on other text"),
     (["--judge", "none", "--sweep"], "none stands alone, without --sweep"),
-    (["--judge", "ngram", "--mauve", "--num_texts", "120"], "needs the hidden states of a judge"),
-    (["--judge", "ngram", "--mauve"], "16 texts a row.*MAUVE 100 for ten clusters"),
+    (["--judge", "ngram", "none", "--mauve"], "none stands alone"),
+    (["--judge", "ngram", "--mauve"], "needs the hidden states of a judge"),
+    (["--judge", "out/mdlm/judge.pt", "--mauve"], "16 texts a row.*MAUVE 100 for ten clusters"),
     (["--num_texts", "15"], "15 texts a row.*an interval needs 16"),
     (["--steps", "0"], "use positives"), (["--temperatures", "0"], "use positives"),
     (["--temperatures", "nan"], "use positives"), (["--temperatures", "inf"], "use positives"),

@@ -24,6 +24,15 @@ UNIFORM_TIMES = oracle.nodes(32, 4)
 END = torch.ones(1, dtype=torch.float64)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are no faster on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def process_of(kind, K):
     return Masked(K + 1) if kind == "masked" else Uniform(K)
 

@@ -7,7 +7,7 @@ import math
 import signal
 import subprocess
 import sys
-import time
+from multiprocessing.pool import ThreadPool
 
 import pytest
 import torch
@@ -16,6 +16,15 @@ import toy
 from conftest import ROOT, law_score
 from generator import sample
 from toy import K, PROCESSES, eight_modes, kl, law, scores
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small are no faster on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_net(process, latent_dim=0):
@@ -108,7 +117,7 @@ def test_theorem_descends_to_the_data_and_collapses_without_the_fake(monkeypatch
     for words in lines:
         distance, cells = float(words[words.index("p*)") + 1]), float(words[-2])
         if "IDLM" in words:                                # p* has about 310 texts
-            assert distance < 0.6 and cells > 150, words
+            assert distance < 0.5 and cells > 200, words
         else:
             assert distance > 1 and cells < 80, words
 
@@ -118,14 +127,13 @@ def test_a_latent_carries_what_one_product_cannot(rng, monkeypatch):
     both and their mirror images: JS 0.216 either way."""
     side = (torch.arange(K) < K // 2).double()
     p = torch.outer(side, side) + torch.outer(1 - side, 1 - side)
-    p, process, js = p / p.sum(), PROCESSES["masked"], {}
+    p, process = p / p.sum(), PROCESSES["masked"]
     monkeypatch.setattr(toy, "B", 128)
     torch.manual_seed(0)
-    teacher = toy.train_teacher(p, process, rng, 60)
-    for latent_dim in (0, 8):
-        net = toy.distil(teacher, process, rng, 100, kind="masked", latent_dim=latent_dim)
-        js[latent_dim] = scores(law(net, process, 1, rng), p)["js"]
-    assert js[8] < 0.1 and js[0] > 0.2, js
+    teacher = toy.train_teacher(p, process, rng, 150)
+    assert scores(law(teacher, process, 1, rng), p)["js"] > 0.2
+    net = toy.distil(teacher, process, rng, 100, kind="masked", latent_dim=8)
+    assert scores(law(net, process, 1, rng), p)["js"] < 0.1
 
 
 @pytest.mark.parametrize("name, model", [(name, model) for name in toy.MODELS
@@ -143,31 +151,30 @@ def test_every_model_trains(name, model, rng, monkeypatch):
 
 # ---- the command --------------------------------------------------------------------------------
 
-def start(*flags, cwd):
-    return subprocess.Popen([sys.executable, str(ROOT / "toy.py"), *flags], cwd=cwd, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def test_command_writes_picture_and_records_under_out(tmp_path):
-    process = start("--updates", "2", cwd=tmp_path)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 0, errors
+def test_command_writes_picture_and_records_under_out(tmp_path, monkeypatch, capsys):
+    """In one process, with no training and p* in the place of every table."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "law", lambda *_: eight_modes())
+    monkeypatch.setattr(toy.multiprocessing, "Pool", lambda *_: ThreadPool(1))
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--updates", "0", "--seeds", "0", "3"])
+    toy.main()
     written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {"toy.png", "toy.json"}
     assert (tmp_path / "out/toy/toy.png").stat().st_size > 20_000
     records = json.loads((tmp_path / "out/toy/toy.json").read_text())["records"]
-    models = [(r["process"], r["model"], r["passes"]) for r in records]
-    assert models[:4] == [("masked", "teacher", 1), ("masked", "teacher", 4),
-                          ("masked", "teacher", 50), ("masked", "IDLM", 1)]
-    assert len(models) == len(set(models)) == 12
-    assert all(0 <= r["validity"] <= 1 and 0 <= r["js"] <= 0.6932 for r in records)
-    assert "masked  IDLM" in output
+    models = [(r["seed"], r["process"], r["model"], r["passes"]) for r in records]
+    assert models[:4] == [(0, "masked", "teacher", 1), (0, "masked", "teacher", 4),
+                          (0, "masked", "teacher", 50), (0, "masked", "IDLM", 1)]
+    assert len(models) == len(set(models)) == 24
+    assert all(r["validity"] == 1 and r["js"] == 0 for r in records)
+    assert capsys.readouterr().out.count("IDLM") == 4
 
 
 def test_ctrl_c_ends_it_with_one_line(tmp_path):
-    process = start("--updates", "100000", cwd=tmp_path)
-    time.sleep(4)                                          # by then its workers train
+    process = subprocess.Popen([sys.executable, str(ROOT / "toy.py")], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith("training")
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert errors.splitlines() == ["toy.py: stopped by Ctrl-C"]
+    assert len(errors.splitlines()) == 1 and errors.startswith("toy.py: stopped")
