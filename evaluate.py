@@ -483,7 +483,7 @@ class Measure:
 def write_texts(net, process, prompts, steps, seed, dtype, **choice):
     """prompts (N, L), -1 where free -> tokens (N, L), mean number of passes.
 
-    In batches of fixed size, each with a generator of its own from (seed, batch): memory is bounded
+    In batches of fixed size, each with a generator made from (seed, batch): memory is bounded
     whatever N is, and more texts leave the first batches as they are.
     """
     size = max(1, BATCH_TOKENS // prompts.shape[1])
@@ -673,7 +673,7 @@ def load_data(args, metas):
     data = TextData(source, meta["tokenizer"]["name"], meta["block_size"], cache=args.cache)
     for name, meta in metas.items():
         if meta["tokenizer"] != data.spec:
-            raise BadInput(f"{name} has another tokenizer than {source}: give its own --data")
+            raise BadInput(f"{name} has another tokenizer than {source}: give the --data it was trained on")
         if meta.get("data_key") != data.key:
             print(f'note: {name} was not trained on {source} as it is: what is "held-out" of it '
                   "may have been trained on")

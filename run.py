@@ -32,7 +32,7 @@ LOSS_NAME = {"teacher": "nelbo", "dcd": "kl", "judge": "nll"}
 # What defines a stage's result: another value is another run.
 DEFINING = ("process stage tokenizer block_size batch_size warmup lr_decay beta2 clip adam_eps ema "
             "dropout wrap_eos seed dtype")
-DEFINING_TOO = {"teacher": "size", "judge": "size", "dcd": "teacher_key",
+DEFINING_TOO = {"teacher": "size", "judge": "size", "dcd": "teacher_key start_key",
                 "idlm": "teacher_key start_key pairing kind"}
 CHANGEABLE = "updates lr fake_lr micro_batch".split()      # a run takes a new value, and says so
 LARGEST = 1e6                               # no weight is: the learning rate was too large
@@ -273,9 +273,11 @@ class Run:
         means = {name: torch.stack([values[name] for values in self.seen]).mean().item()
                  for name in self.seen[0]}
         shown = " | ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        if not all(map(math.isfinite, means.values())):
-            raise BadInput(f"{s.stage}: {shown} in the {len(self.seen)} steps to {step} is "
-                           "not finite; the last checkpoint is kept. Lower the learning rate")
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise BadInput(f"{s.stage}: {name} is {mean} between steps "
+                               f"{step - len(self.seen) + 1} and {step}; the last checkpoint is "
+                               "kept. Lower the learning rate")
         print(f"{s.stage} {step}/{s.updates} | {shown} | {ms:.0f} ms | "
               f"{s.batch_size * s.block_size / ms:.1f}k tok/s | "
               f"eta {(s.updates - step) * ms / 60e3:.1f}m")

@@ -20,7 +20,7 @@ f64 = {"dtype": torch.float64}
 # ---- alpha(gamma) -------------------------------------------------------------------------------
 
 def reference(K, gamma):
-    """alpha and dalpha / dgamma as SPEC section 4 prints them, integrals over w itself:
+    """alpha and dalpha / dgamma by their definition, integrals over the winning value z of w / std:
 
     P = int phi(z - m) Phi(z)^(K - 1) dz,  dP / dgamma = int -m / 2 (z - m) phi(z - m) Phi^(K - 1)
 
@@ -266,7 +266,7 @@ def test_shared_argmax(K):
 
 
 def test_shared_argmax_leaves_given_positions(rng):
-    """Given tokens stay at every time, the others' draws are the same; equal times, equal states."""
+    """Given tokens stay, the others' draws are the same; equal times give equal states."""
     clock = GaussianClock(5)
     x_0 = torch.randint(5, (4, 50), generator=rng)
     free = torch.rand(4, 50, generator=rng) < 0.5
@@ -285,3 +285,13 @@ def test_random_places_are_any_in_any_order(rng):
     law = torch.zeros(64, **f64)
     law[index.unique()] = 1 / 24
     assert_law(index, law)
+
+
+def test_random_places_among_many(rng):
+    """40 of 1,100 numbers, of which every second row would repeat one: all are different, and the
+    first and the last place hold any number alike."""
+    places = random_places(1100, 40, (30, 1000), rng)
+    assert places.shape == (30, 1000, 40)
+    assert (places.sort(-1).values.diff(dim=-1) > 0).all()
+    for column in (0, 39):
+        assert_law(places[..., column], torch.full((1100,), 1 / 1100, **f64))

@@ -1,4 +1,4 @@
-"""The latent, the mixture's likelihood, and the few-step sampler against the exact law of its texts.
+"""The latent, the mixture's likelihood, and the few-step sampler against its exact law.
 
 Run: python -m pytest tests/test_generator.py
 
@@ -78,7 +78,7 @@ def masked_rows(f, chance):
     return torch.where((x == MASK)[..., None], drawn, F.one_hot(x, K + 1).double())
 
 
-EVEN = {1: (0,), 2: (0, 1), 3: (0, 2, 1)}                  # n steps: the step of every n-th position
+EVEN = {1: (0,), 2: (0, 1), 3: (0, 2, 1)}                  # of n steps, the one of each position
 
 
 def masked_law(f, steps, order, prompt=(-1,) * L):
@@ -513,7 +513,8 @@ def test_few_latents_bias_the_likelihood_downwards(rng):
     exact = mixture_log_prob(net, MASKED, x_0, latents)
     expected = []
     for k in (1, 2, 3):
-        estimates = [mixture_log_prob(net, MASKED, x_0, draw) for draw in product(latents, repeat=k)]
+        draws = product(latents, repeat=k)
+        estimates = [mixture_log_prob(net, MASKED, x_0, draw) for draw in draws]
         expected.append(torch.stack(estimates).mean(0))
     for less, more in zip(expected, expected[1:] + [exact]):
         assert (less < more - 1e-4).all()

@@ -1,4 +1,4 @@
-"""IDLM's losses against the formulas of SPEC section 6, written out densely in float64.
+"""IDLM's losses against their formulas, written out densely in float64.
 
 Run: python -m pytest tests/test_idlm_loss.py
 
@@ -48,7 +48,7 @@ def invert(G, u):
     return (G.cumsum(-1) <= u[..., None]).sum(-1).clamp(max=G.shape[-1] - 1)
 
 
-def mean(nelbo, noise):                                    # over the positions that the model writes
+def mean(nelbo, noise):                                    # over the free positions
     return nelbo.mean() if noise["free"] is None else nelbo[noise["free"]].mean()
 
 
@@ -133,6 +133,11 @@ def dense_generator_loss(kind, nets, eps, noise, rng, **more):
 
 # ---- one update of train.py ---------------------------------------------------------------------
 
+def read_tokens(x):
+    """Tokens as they are; of a soft input, the likeliest."""
+    return x[1][..., 0] if isinstance(x, tuple) else x
+
+
 class Texts:
     """Random texts in the place of TextData; with_prompt: the first positions are given."""
 
@@ -142,11 +147,12 @@ class Texts:
     def batch(self, split, B, rng, part):
         x_0 = torch.randint(K, (B, L), generator=rng)
         free = torch.arange(L) >= torch.arange(B)[:, None] % 4       # some texts have no prompt
-        return Batch(x_0[part], free[part] if self.with_prompt else None)
+        self.last = Batch(x_0[part], free[part] if self.with_prompt else None)
+        return self.last
 
 
 class Optimiser:
-    """Takes what train.py would optimise, loss and gradients of all networks, and changes nothing."""
+    """Takes what train.py would optimise, a loss and all gradients, and changes nothing."""
 
     def __init__(self, nets):
         self.nets = nets
@@ -186,6 +192,7 @@ class Update:
         self.nets = tiny_nets(process)
         self.main = Optimiser(self.nets)
         self.follower = Optimiser(self.nets)
+        self.data = Texts(with_prompt)
         self.draws = {"fake": [], "generator": []}
         for step, losses in (("fake", FAKE_LOSS), ("generator", GENERATOR_LOSS)):
             name = losses[kind].__name__
@@ -194,12 +201,16 @@ class Update:
             net=self.nets.generator, fake=self.nets.fake, teacher=self.nets.teacher,
             process=process, step=0, main=self.main, follower=self.follower,
             note=lambda step, values: None)
-        train.distil(settings(kind, pairing), run, Texts(with_prompt))
+        train.distil(settings(kind, pairing), run, self.data)
         self.nets.fake.requires_grad_(True)
 
     def recorded(self, loss, draws):
         def call(*args, **noise):
             eps, rng = args[-2:]
+            x_0, free = self.data.last
+            if free is not None:
+                assert torch.equal(noise["free"], free)
+                assert torch.equal(read_tokens(eps.x)[~free], x_0[~free])
             same_draws = torch.Generator().set_state(rng.get_state())
             draws.append((eps, noise, same_draws))
             return loss(*args, **noise)
@@ -240,7 +251,7 @@ def test_the_generator_step_of_train_py_is_the_dense_formula(update):
 # ---- one loss by itself -------------------------------------------------------------------------
 
 def one_draw(kind, B=6, free=None, t=None):
-    """Tiny networks, and everything that a loss takes: eps and the noise of texts at levels apart."""
+    """Tiny networks, and what a loss takes: eps and the noise, texts at levels of their own."""
     rng = seeded(5)
     process = Masked(K + 1) if kind == "masked" else Uniform(K)
     x_0 = torch.randint(K, (B, L), generator=rng)
@@ -520,13 +531,9 @@ def test_top_entries(K, k, rng):
 
 # ---- a given prompt -----------------------------------------------------------------------------
 
-def read_tokens(x):
-    return x[1][..., 0] if isinstance(x, tuple) else x
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_given_positions_have_no_noise_and_no_gradient(kind, float64):
-    """In both steps: the networks read the given tokens as they are, and no row of theirs counts."""
+    """In both steps the networks read the given tokens as they are, and none of those counts."""
     free = torch.arange(L) >= torch.arange(6)[:, None] % 4
     nets, eps, noise = one_draw(kind, free=free, t=torch.full((6,), 0.9))
     nets.fake.requires_grad_(kind != "soft")
@@ -597,8 +604,8 @@ def test_uniform_rows_in_float32(K, t):
 # ---- the two files to copy ----------------------------------------------------------------------
 
 def test_two_files_copied_to_an_empty_folder_take_a_step(tmp_path, monkeypatch, capsys):
-    """`python idlm_loss.py` beside rows.py, with nothing else of the repository within reach: a fake
-    and a generator step. (In this process: another one would import torch for seconds.)"""
+    """`python idlm_loss.py` beside rows.py, nothing else of the repository within reach: a fake and
+    a generator step. (In this process: another one would import torch for seconds.)"""
     for name in ("rows.py", "idlm_loss.py"):
         shutil.copy(ROOT / name, tmp_path)
     ours = "", str(ROOT), str(ROOT / "tests")

@@ -2,7 +2,7 @@
 
 Run: python -m pytest tests/test_model.py
 
-`dense` below is SPEC section 7 written out for one text, attention as a softmax over all pairs. That
+`dense` below is the network written out for one text, attention as a softmax over all pairs. That
 published checkpoints load and compute the same is in test_checkpoint.py.
 """
 import math

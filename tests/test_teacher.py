@@ -57,7 +57,7 @@ def test_the_schedule():
 
 def test_mask_rate(rng):
     """Each position with probability 1 - alpha_t, apart from the others: 200,000 draws at each of
-    five times, and pairs of positions, within 5 standard deviations (odds of a false alarm 6e-6)."""
+    five times, and pairs of positions, within 5 standard deviations (false alarm 6e-6)."""
     n, length = 50_000, 4
     for t in (EPS, 0.1, 0.5, 0.9, 1.0):
         p = 0.999 * t

@@ -5,12 +5,10 @@
 Runs are of the preset `tiny` of conftest.py. What a folder holds is the subject of test_run.py, the
 losses' values that of test_teacher.py and test_idlm_loss.py.
 """
+import io
 import json
 import math
-import re
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,15 +17,13 @@ import torch
 
 import checkpoint
 import evaluate
-import generator
 import idlm_loss
 import run
 import sample
 import train
-from conftest import ROOT, refused, run_train, some_text, tiny_flags
-from model import DiT
+from conftest import refused, run_train, some_text, tiny_flags
 from teacher import EPS
-from test_checkpoint import CHAR_SPEC, synthetic, write
+from test_checkpoint import synthetic, write
 
 
 def load(path):
@@ -111,7 +107,7 @@ def test_a_batch_that_processes_cannot_share(monkeypatch):
     ("--size 2x16x16", "even width"), ("--size 1000000000x2x16", "1000 layers"),
     ("--stage dcd", "--stage dcd is none of mdlm"), ("--device tpu", "this machine has"),
     ("--init_from x.pt", "add --stage idlm"), ("--stage teacher --init_from x.pt", "--stage idlm"),
-    ("--process duo --stage dcd --start_from x.pt", "add --stage idlm"),
+    ("--start_from x.pt", "add --stage idlm"), ("--stage judge --init_from x.pt", "--stage idlm"),
     ("--process sedd", "--process"), ("--preset huge", "--preset"), ("--dtype int8", "--dtype"),
     ("--max 1", "--max 1"), ("--tokenizer bert", "--tokenizer")])
 def test_flags_that_cannot_be(flags, sentence):
@@ -146,7 +142,7 @@ def draws(flags, step=0, part="net"):
     s = settings(f"--preset laptop --no-compile {flags}")
     found = []
     for m in range(s.num_micro):
-        x_0, _, t, t_tilde, rng = train.draw_batch(s, Blocks(), step, part, m)
+        x_0, _, t, t_tilde, rng = train.draw_batch(s, Blocks(), step, part, m, False)
         assert torch.initial_seed() == rng.initial_seed()      # dropout's draws and the noise's
         found.append((x_0, t, t_tilde, rng))
     return found
@@ -322,18 +318,18 @@ def test_equal_seeds_give_equal_weights(flags, runs):
     assert distance(a, b) == 0 < distance(a, c)
 
 
-@pytest.mark.parametrize("process, share", [("mdlm", 1 / 4), ("duo", 3 / 5)])
+@pytest.mark.parametrize("process, share", [("mdlm", 0.65), ("duo", 0.75)])
 def test_a_sentence_over_and_over_is_learned(process, share, tiny, monkeypatch):
-    """The bound falls from log K nats per token, a new network's, to a quarter (masked; measured:
-    0.15) or to three fifths (uniform, which has also to see which tokens are noise; 0.44)."""
+    """The bound falls from about log K nats per token, a new network's, to a share of it. Measured:
+    0.52, and 0.63 (uniform, which has also to see which tokens are noise); 0.15 and 0.39 later."""
     Path("text.txt").write_text("the cat sat. " * 300, encoding="utf-8")
     monkeypatch.setitem(train.PRESETS["tiny"], "save_every", 1000)
-    run_train(f"--process {process} --stage teacher --updates 150 --batch_size 32 --block_size 24 "
-              "--micro_batch 32 --size 2x4x32 --dropout 0 --lr 5e-3")
+    run_train(f"--process {process} --stage teacher --updates 80 --batch_size 32 --block_size 24 "
+              "--micro_batch 32 --size 1x4x32 --dropout 0")
     log = Path(f"out/{process}/log.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [json.loads(line)["nelbo"] for line in log if "ms" in line]
     K = len(load(f"{process}/teacher.pt")["tokenizer"]["chars"])
-    assert 0.8 < losses[0] / math.log(K) < 1.3
+    assert 0.7 < losses[0] / math.log(K) < 1.3
     assert sum(losses[-3:]) / 3 < share * math.log(K)
 
 
@@ -341,7 +337,7 @@ def test_the_judge_predicts_the_next_token(tiny, monkeypatch):
     """Of a sentence over and over: after two letters the next one is certain."""
     Path("text.txt").write_text("the cat sat. " * 300, encoding="utf-8")
     monkeypatch.setitem(train.PRESETS["tiny"], "save_every", 1000)
-    run_train("--stage judge --updates 60 --size 2x2x32 --dropout 0 --micro_batch 8")
+    run_train("--stage judge --updates 60 --size 1x2x32 --dropout 0 --micro_batch 8")
     net, meta = checkpoint.load_network("out/mdlm/judge.pt")
     assert meta["process"] == "ar" and net.config.causal
     chars = meta["tokenizer"]["chars"]
@@ -406,6 +402,7 @@ def test_no_compile_is_one_switch(compiles, tiny, monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", compile_or_fail)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     monkeypatch.setattr(checkpoint.shutil, "which", lambda name: "/usr/bin/c++")
     monkeypatch.setattr(evaluate, "short_table", lambda *args: tables.append(args))
     flags = tiny_flags("--updates 1")
@@ -436,17 +433,16 @@ def test_a_published_teacher_is_distilled_exported_and_read_again(process, tiny,
     assert meta["config"] == state["config"]
 
 
-def test_terminals_that_are_not_utf_8(tiny, monkeypatch):
-    """Training goes on when it prints a text that the terminal cannot show; so does sample.py. Two
-    real scripts, the first one also with an output that nobody reads to its end."""
-    Path("text.txt").write_text("Ein Fuß – zwei Füße … „so“ \n" * 60, encoding="utf-8")
-    flags = ("--preset laptop --stage teacher --data text.txt --size 1x2x16 --block_size 16 "
-             "--batch_size 8 --updates 2 --device cpu --dtype float32 --no-compile --out out/x")
-    for encoding, script in (("ascii", f"train.py {flags}"),
-                             ("cp1252", "sample.py --out out/x --model teacher --num_samples 3")):
-        monkeypatch.setenv("PYTHONIOENCODING", encoding)
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        done = subprocess.run([sys.executable, f"{ROOT}/{script.split()[0]}", *script.split()[1:]],
-                              capture_output=True)
-        assert done.returncode == 0 and done.stderr == b"", done.stderr
-        assert done.stdout.decode(encoding)
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_terminals_that_are_not_utf_8(encoding, tiny, monkeypatch):
+    """Training goes on when it prints a text that the terminal cannot show; so does sample.py."""
+    Path("text.txt").write_text("Ein Fuß – zwei Füße ☃ „so“ \n" * 60, encoding="utf-8")
+    for main in (lambda: run_train("--stage teacher --updates 2"),
+                 lambda: sample.main("--model teacher --num_samples 9".split())):
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", terminal)
+            checkpoint.run_script(main)
+        shown = terminal.buffer.getvalue().decode(encoding)
+        assert "?" in shown and "☃" not in shown and ("ß" in shown) == (encoding == "cp1252")
+    assert load("mdlm/teacher.pt")["step"] == 2
