@@ -35,8 +35,8 @@ DTYPES = "float64", "float32", "bfloat16"
 SUFFIXES = ".safetensors", ".ckpt", ".pt", ".bin"        # of files of weights
 PUBLISHED = {"n_blocks": "num_layers", "n_heads": "num_heads", "hidden_dim": "width",
              "model_length": "block_size"}               # their name in config.json: ours
-KINDS = {"process": str, "stage": str, "causal": bool, "num_layers": int, "block_size": int,
-         "step": int, "updates": int}
+KINDS = {"process": str, "stage": str, "causal": bool, "block_size": int, "step": int,
+         "updates": int}
 
 
 # ---- how a script ends --------------------------------------------------------------------------
@@ -57,6 +57,7 @@ def run_script(main):
                  "from there with --resume")
     except BrokenPipeError:                              # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(name != "sample.py")                    # other work has not been finished
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{name}: {error}; what was saved before stays")
 
@@ -91,8 +92,9 @@ def network_size(text):
 def pick_device(name):
     there = ["cuda"] * torch.cuda.is_available()
     there += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     name = name or there[0]
-    if name.split(":")[0] not in there:
+    if name not in there:
         raise BadInput(f"--device {name}: this machine has {there}; drop the flag for the first")
     rank = os.environ.get("LOCAL_RANK")
     return torch.device(f"cuda:{rank}" if name == "cuda" and rank else name)
@@ -153,7 +155,7 @@ def lock_folder(folder):
     """A lock that a kill opens: one run at a time writes to a folder, by its several processes."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        return FileLock(Path(folder, f".lock{os.environ.get('RANK', '')}")).acquire(timeout=0)
+        return FileLock(Path(folder, f".lock{os.environ.get('RANK', 0)}")).acquire(timeout=0)
     except Timeout:
         raise BadInput(f"another process is writing to {folder}: wait for it, or choose another "
                        "folder with --out") from None
@@ -241,18 +243,24 @@ def read_lightning(found, name):
     return plain | dict(zip(keys, shadow))
 
 
+def sizes_of(weights):
+    """The network's sizes as its tensors have them."""
+    V, D = weights["vocab_embed.embedding"].shape
+    return {"vocab_size": V, "width": D, "num_layers": sum("norm1" in key for key in weights),
+            "cond_dim": len(weights["sigma_map.mlp.0.weight"])}
+
+
 def read_published(found, stated, name, process):
     """-> weights, meta. Sizes are as config.json (`stated`) has them, else as the tensors."""
     if "state_dict" in found:
         found = read_lightning(found, name)
     weights = {key.removeprefix("backbone."): w for key, w in found.items()}
     hints = f"mdlm {name} {process or ''} {stated.get('model_type', '')}".lower()
-    V, D = weights["vocab_embed.embedding"].shape
-    meta = asdict(ModelConfig(V)) | dict(
+    sizes = sizes_of(weights)
+    meta = asdict(ModelConfig(0)) | sizes | dict(
+        num_heads=sizes["width"] // 64,
         process=re.findall("mdlm|duo|dcd", hints)[-1].replace("dcd", "duo"),
-        tokenizer={"name": "gpt2"}, stage="teacher", step=0, updates=0, block_size=1024, width=D,
-        num_layers=sum("norm1" in key for key in weights), num_heads=D // 64,
-        cond_dim=len(weights["sigma_map.mlp.0.weight"]))
+        tokenizer={"name": "gpt2"}, stage="teacher", step=0, updates=0, block_size=1024)
     for key, value in stated.items():
         meta[PUBLISHED.get(key, key)] = value
     meta["config"] = {field.name: meta.pop(field.name) for field in fields(ModelConfig)}
@@ -268,9 +276,8 @@ def check_meta(meta, process):
     for key, kind in KINDS.items():
         if type(stated[key]) is not kind:
             raise ValueError(f"{key} {stated[key]!r} is no {kind.__name__}")
-    if not (stated["num_layers"] <= 1000 and 1 <= stated["block_size"] <= 2 ** 20):
-        raise ValueError(f"{stated['num_layers']} layers and blocks of {stated['block_size']}: at "
-                         "most 1000 and 2^20 are possible")
+    if not 1 <= stated["block_size"] <= 2 ** 20:
+        raise ValueError(f"blocks of {stated['block_size']} tokens: at least 1, at most 2^20")
     K = num_tokens(meta)
     is_a = meta["process"]
     fitting = {"mdlm": [K + 1], "duo": [K, K + 1], "ar": [K]}.get(is_a, [])
@@ -296,20 +303,21 @@ def load_network(name_or_path, device="cpu", process=None):
         else:
             weights, meta = read_published(meta, read_stated(path), name, process)
         meta["config"] = check_meta(meta, process)
-        with torch.device("meta"):          # takes no memory for sizes that the tensors do not have
-            net = DiT(ModelConfig(**meta["config"]))
-        net.load_state_dict(weights, assign=True)        # strict: names what does not fit
+        if not sizes_of(weights).items() <= meta["config"].items():        # before memory is taken
+            raise ValueError(f"{meta['config']}, but its tensors have {sizes_of(weights)}")
+        net = DiT(ModelConfig(**meta["config"]))
+        net.load_state_dict(weights)        # strict: names what does not fit
         if not all(w.isfinite().all() for w in weights.values()):
             raise ValueError("it holds weights that are not finite; train it at a lower --lr")
     except Exception as error:              # each kind of misfit raises something else
         reason = " ".join(str(error).split())[:999]
         raise BadInput(f"{name} cannot be used: {type(error).__name__} {reason}") from None
-    return net.float().to(device).eval(), meta
+    return net.to(device).eval(), meta
 
 
 def num_tokens(meta):
     spec = meta["tokenizer"]
-    return len(spec["chars"]) if spec["name"] == "char" else 50_257
+    return len(set(spec["chars"])) if spec["name"] == "char" else 50_257
 
 
 def make_process(meta):
@@ -321,11 +329,7 @@ def make_process(meta):
 
 def weights_key(net):
     """16 hexadecimal digits that tell these weights from others."""
-    digest = hashlib.sha256()
-    for key, w in sorted(net.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(w.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(to_bytes(net.state_dict())).hexdigest()[:16]
 
 
 def export(net, meta, folder, dtype=None):

@@ -286,10 +286,3 @@ class TextData:
         whole = len(self.val) // self.span
         n = min(n, whole)
         return self.blocks(self.val, np.arange(n) * whole // n * self.span)
-
-    def val_examples(self, n):
-        """(prompt, answer) as text of each in val_blocks(n), without padding at the end."""
-        decode = self.tokenizer.decode
-        padding = r"(\n|<\|endoftext\|>)*$"
-        return [(decode(x[~free].tolist()), re.sub(padding, "", decode(x[free].tolist())))
-                for x, free in zip(*self.val_blocks(n))]

@@ -16,10 +16,10 @@ gen_ppl_matched is read off it there. Intervals: bootstrap over texts, 95 %.
           ngram: of characters, ready in seconds        none: no perplexity
           FILE.pt: another run's judge    FILE.gguf or any other name: a model of transformers
           several: the first fills gen_ppl, the next one gen_ppl_2, ...
---mauve   of each judge but ngram: features are its last hidden state, the mean over the counted
-          positions (the package's: the last position's), of each row's texts against other real
-          ones; "real text (other half)" is the ceiling. Other texts, judge or number of texts:
-          not comparable
+--mauve   with each judge but ngram, against real texts; "real text (other half)" is the ceiling.
+          Features: its last hidden state, the mean over the counted positions. (The last position
+          alone lets a 6-gram pass: 0.96 beside 0.97 of real text, the mean 0.73 beside 0.95;
+          SmolLM2-135M, 200 texts of 64 characters.) Compare at equal judge and number of texts
 Counted: every token but a text's first, which has no context; end-of-text like any other. A model
 of transformers reads the decoded text with its tokenizer, cut to its longest input.
 To reuse: copy the metrics; they need numpy alone.
@@ -32,8 +32,7 @@ import subprocess
 import sys
 import time
 from functools import lru_cache
-from importlib.util import find_spec
-from itertools import combinations, product
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +43,8 @@ from tqdm import tqdm
 
 import checkpoint
 import rows
-from data import BadInput, TextData, encode
+from checkpoint import number
+from data import BadInput, TextData
 from generator import ENDINGS, ORDERS, sample
 
 METRICS = "overlap", "known_words", "gm", "ngram_bits"    # those that may be left out
@@ -113,19 +113,6 @@ def whole_words(text):
     return words[is_cut:len(words) - is_cut_off]
 
 
-def gradient_moment(g, r):                                 # (m, P), (m, P) -> (m,)
-    """Squared distance of the judge's mean gradients on generated and real text (arXiv 2603.20155):
-    the mean of <d_i, d_j>, i != j, d_i = g_i - r_i from group i of the texts. Groups are
-    independent, so noise adds nothing, as it would to the square of one mean difference.
-
-    One parameter, two groups, g = (1, 3), r = (0, 1): d = (1, 2), so 2; the plain square is 2.25.
-    """
-    d = torch.as_tensor(g) - torch.as_tensor(r)            # on their device: over 1 GB for GPT-2's
-    gram = (d @ d.T).cpu().double().numpy()
-    with_others = (gram.sum(1) - np.diag(gram)) / (len(gram) - 1)
-    return 2 * with_others - with_others.mean()            # a pair's noise is in both its groups
-
-
 @lru_cache(maxsize=2)                                      # drawn once for all metrics and rows
 def resamples(n, seed):                                    # -> (1 + RESAMPLES, n): counts of a text
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
@@ -147,40 +134,6 @@ def summary(name, x):
     return {name: value, name + "_ci": [low, high]}
 
 
-def wilson(right, n, z=1.96):
-    """The share right / n and its 95 % interval (Wilson 1927), which holds at 0 and at n, too.
-    0 of 10: 0, [0, 0.278]"""
-    p = right / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return p, [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-
-
-def ppl_at(target, entropies, log_ppls):
-    """gen_ppl where the curve over temperatures has the entropy `target`: log-linear between
-    neighbours, never extrapolated but -inf or inf. 2.6, (2.5, 2.7), (1.0, 1.4) -> e^1.2"""
-    if not entropies.min() <= target <= entropies.max():
-        return math.copysign(np.inf, target - entropies.max())
-    order = np.argsort(entropies)
-    return np.exp(np.interp(target, entropies[order], log_ppls[order]))
-
-
-def next_temperature(done, entropies, target, margin=0.03, most=6):
-    """[the temperature to try next], or [] once `target` lies well inside the entropies, after
-    `most` or at 0. Entropy rises with temperature: at 1.0 it was 2.8, so for 2.9 [1.2] is next."""
-    if min(entropies) + margin < target < max(entropies) - margin or len(done) >= most:
-        return []
-    too_cold = max(entropies) - margin <= target
-    following = round(max(done) + 0.2 if too_cold else min(done) - 0.1, 1)
-    return [following] * (following > 0)
-
-
-def mauve(p, q):                                           # (N, D), (M, D) -> 0 ... 1
-    """MAUVE (arXiv 2102.01454) of two sets of features, a row a text: 1 where they are alike."""
-    from mauve import compute_mauve
-    return float(compute_mauve(p_features=p, q_features=q, verbose=False).mauve)
-
-
 # ---- judges -------------------------------------------------------------------------------------
 
 class Score(NamedTuple):
@@ -194,7 +147,7 @@ class Score(NamedTuple):
 
 class NGram:
     """p_k(c | k tokens) = (n(tokens, c) + a p_{k-1}(c)) / (n(tokens) + a), p_{-1} = 1 / K, the
-    smoothing of MacKay and Peto. A judge, and at temperature 1 a sampler of the same law."""
+    smoothing of MacKay and Peto."""
 
     def __init__(self, data, order, a=20.0):
         train = data.train[:, -data.block_size:] if data.examples else data.train[:NGRAM_TOKENS]
@@ -219,27 +172,6 @@ class NGram:
             p[:, k:] = (high - low + self.a * p[:, k:]) / (last - first + self.a)
         counted = np.full(len(x), x.shape[1] - 1)
         return Score(-np.log(p[:, 1:]).sum(1), counted, counted)
-
-    def sample(self, num_texts, length, seed, temperature=1.0):
-        """A token follows its longest context with the share n / (n + a), else a shorter one; in a
-        context with odds n(tokens, c)^(1 / temperature).  -> (num_texts, length)"""
-        rng = np.random.default_rng(seed)
-        tempered = [np.append(0, (np.diff(sums) ** (1 / temperature)).cumsum())
-                    for _, sums in self.tables]
-        x = np.zeros((num_texts, length), np.int64)
-        for i in range(length):
-            token = rng.integers(self.K, size=num_texts)
-            for k, (grams, sums) in enumerate(self.tables[:i + 1]):
-                context = self.codes(x[:, i - k:i + 1], k)[:, 0]     # x[:, i] is 0 as yet
-                ends = np.searchsorted(grams, [context, context + self.K])
-                n = np.diff(sums[ends], axis=0)[0]
-                low, high = tempered[k][ends]
-                goal = low + rng.random(num_texts) * (high - low)
-                at = np.searchsorted(tempered[k], goal, "right").clip(max=len(grams)) - 1
-                is_long = rng.random(num_texts) * (n + self.a) < n
-                token = np.where(is_long, grams[at] % self.K, token)
-            x[:, i] = token
-        return x
 
 
 @lru_cache(maxsize=1)                       # counted once for the judge, a metric and a control
@@ -319,36 +251,6 @@ def run_judge(path, device, data):
     return neural_judge(device, forward, list, data.tokenizer.decode)
 
 
-def hub_judge(name, device, data):
-    """A model of transformers: a hub name, a folder, or a .gguf file."""
-    place, options = name, {"trust_remote_code": False}
-    if name.endswith(".gguf"):
-        place, options["gguf_file"] = str(Path(name).parent), Path(name).name
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        net = AutoModelForCausalLM.from_pretrained(place, use_safetensors=True, **options)
-    except Exception as error:              # no package, no such name, no network, a torn file
-        raise BadInput(f"--judge {name} cannot be loaded ({first_line(error)}): check the name, "
-                       "pip install -r requirements-eval.txt, or take --judge ar") from None
-    if net.dtype != torch.float32:          # what a .gguf holds comes as float32, and stays so
-        net.float()
-    net.to(device).eval()
-    longest = getattr(net.config, "max_position_embeddings", 1024)
-
-    def forward(x):
-        output = net(x, output_hidden_states=True)
-        return output.hidden_states[-1], output.logits
-
-    def encode_row(row):
-        return tokenizer(data.tokenizer.decode(row), add_special_tokens=False, truncation=True,
-                         max_length=longest).input_ids
-
-    def decode(ids):
-        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return neural_judge(device, forward, encode_row, decode)
-
-
 def first_line(error):
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
@@ -363,55 +265,10 @@ def load_judge(name, args, device, data):
     if name == "ar":
         train_judge(args.out / "judge.pt", args, data)
         return run_judge(args.out / "judge.pt", device, data)
-    return run_judge(name, device, data) if name.endswith(".pt") else hub_judge(name, device, data)
-
-
-# ---- controls: texts that are not good, whatever a single column says ---------------------------
-
-def shuffle_words(tokens, tokenizer, rng):                 # (L,) -> (L,)
-    """A text's words in random order; spaces stay. "to be or" -> "or to be". A word of BPE tokens
-    takes its leading space along."""
-    units, words, after_space = [], [], True
-    for token in tokens.tolist():
-        piece = tokenizer.decode_single_token_bytes(token)
-        is_space = not piece.strip() or piece == b"<|endoftext|>"
-        if is_space or after_space or piece[:1].isspace():
-            if not is_space:
-                words.append(len(units))
-            units.append([])
-        units[-1].append(token)
-        after_space = is_space
-    order = np.arange(len(units))
-    order[words] = rng.permutation(words)
-    return np.concatenate([units[i] for i in order])
-
-
-def ngram_texts(ngram, num_texts, length, target, seed):
-    """-> texts (N, L) whose mean entropy is about `target`, and their temperature: by bisection."""
-    low, high = 0.25, 4.0
-    for _ in range(8):
-        temperature = math.sqrt(low * high)
-        few = ngram.sample(min(num_texts, 256), length, seed, temperature)
-        if np.mean([entropy(row) for row in few]) < target:
-            low = temperature
-        else:
-            high = temperature
-    return ngram.sample(num_texts, length, seed, temperature), temperature
-
-
-def control_rows(measure, data, real, seed):
-    """-> records of the three controls, with as many texts each as `real` (N, L)."""
-    if data.examples or len(data.train) < 2 ** 10:
-        raise BadInput(f"--controls needs plain training text for an n-gram model, which "
-                       f"{data.source} has too little of; leave it out")
-    rng = np.random.default_rng(seed)
-    shuffled = np.stack([shuffle_words(row, data.tokenizer, rng) for row in real])
-    target = np.mean([entropy(row) for row in real])
-    ngrams, temperature = ngram_texts(ngram_of(data), *real.shape, target, seed)
-    repeated = np.repeat(real[:1], len(real), 0)
-    return [measure(shuffled, kind="control", model="real, words shuffled")[0],
-            measure(repeated, kind="control", model="real, one repeated")[0],
-            measure(ngrams, kind="control", model="n-gram", temperature=temperature)[0]]
+    if name.endswith(".pt"):
+        return run_judge(name, device, data)
+    from experiments.measures import hub_judge
+    return hub_judge(name, device, data)
 
 
 # ---- evaluation ---------------------------------------------------------------------------------
@@ -448,6 +305,7 @@ class Measure:
         return score
 
     def __call__(self, tokens, **setting):
+        from experiments import measures
         record = self.base | setting | {"n_texts": len(tokens)}
         ratios = {"entropy": ([entropy(row) for row in tokens], 1),
                   "distinct4": (distinct4(tokens), 1),
@@ -466,12 +324,11 @@ class Measure:
             ratios["gen_ppl" + suffix] = score.nll, score.tokens
             ratios["bits_per_char" + suffix] = score.nll / math.log(2), score.chars
             if score.grads is not None:
-                ratios["gm" + suffix] = gradient_moment(score.grads, real.grads), 1
+                ratios["gm" + suffix] = measures.gradient_moment(score.grads, real.grads), 1
             if "mauve" in self.metrics and score.features is not None:
-                record["mauve" + suffix] = mauve(score.features, real.features)
+                record["mauve" + suffix] = measures.mauve(score.features, real.features)
         if self.answers is not None and setting["kind"] == "model":
-            right = ((tokens == self.answers) | (self.answers < 0)).all(1)
-            record["exact_match"], record["exact_match_ci"] = wilson(int(right.sum()), len(right))
+            record |= measures.exact_match(tokens, self.answers)
         resampled = {}
         for name, (a, b) in ratios.items():
             x = bootstrap(a, b, record["seed"])
@@ -491,28 +348,21 @@ def write_texts(net, process, prompts, steps, seed, dtype, **choice):
     for i, part in enumerate(prompts.split(size)):
         state = np.random.SeedSequence([seed, i]).generate_state(1)  # 32 bits: torch reads no more
         rng = torch.Generator().manual_seed(int(state[0]))
-        with torch.autocast(net.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with checkpoint.prepare(net, dtype):
             batches.append(sample(net, process, *part.shape, steps, rng, prompt=part, **choice))
     tokens, passes = (torch.cat(parts) for parts in zip(*batches))
     return tokens.numpy(), passes.double().mean().item()
 
 
-def match_entropy(curve, real):
-    """Add gen_ppl_matched, read off the curve of a setting at the entropy of held-out text."""
-    entropies = np.stack([x["entropy"] for _, x in curve], 1)
-    for key in [key for key in real if key.startswith("gen_ppl")]:
-        log_ppls = np.log(np.stack([x[key] for _, x in curve], 1))
-        x = np.array([ppl_at(*point) for point in zip(real["entropy"], entropies, log_ppls)])
-        for record, _ in curve:
-            record |= summary(key.replace("gen_ppl", "gen_ppl_matched"), x)
-
-
 def model_rows(nets, settings, prompts, measure, real, temperatures, sweep):
     """-> records. nets: name -> (net, process); settings: (name, {"order" or "ending": choice},
     steps); real: the resampled metrics of held-out text."""
-    records, base = [], measure.base
+    from experiments.measures import following, match_entropy
+    records = []
+    base = measure.base
     for name, choice, steps in (bar := tqdm(settings, leave=False, disable=None)):
-        curve, todo = [], list(temperatures)
+        curve = []
+        todo = list(temperatures)
         for temperature in todo:                           # which may grow on the way
             bar.set_description(f"{name} {' '.join(choice.values())} {steps} at {temperature:g}")
             began = time.time()
@@ -522,8 +372,7 @@ def model_rows(nets, settings, prompts, measure, real, temperatures, sweep):
                                  passes=passes, temperature=temperature,
                                  seconds=time.time() - began))
             if sweep:
-                entropies = [record["entropy"] for record, _ in curve]
-                todo += next_temperature(todo, entropies, real["entropy"][0])
+                todo += following(todo, curve, real)
         if len(curve) > 1:
             match_entropy(curve, real)
         records += [record for record, _ in curve]
@@ -578,22 +427,10 @@ def records_table(records, columns=COLUMNS):
     return "\n".join(f"| {' | '.join(map(str.ljust, line, width))} |" for line in lines)
 
 
-def disagreement(records, key):
-    """A sentence on the rows that the judge of `key` orders otherwise than the first, or ""."""
-    swapped = []
-    for a, b in combinations([r for r in records if r["gen_ppl"] and r[key]], 2):
-        first, other = math.log(a["gen_ppl"] / b["gen_ppl"]), math.log(a[key] / b[key])
-        if first * other < 0:
-            labels = [" ".join(cell(r, k) for k in COLUMNS.split()[:4] if k in r) for r in (a, b)]
-            swapped.append((min(abs(first), abs(other)), " and ".join(labels)))
-    return swapped and (f"gen_ppl and {key}, two judges, order {len(swapped)} pairs of rows "
-                        f"differently, most of all {max(swapped)[1]}")
-
-
 # ---- command line -------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = checkpoint.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = p.add_argument
     add("--process", choices=("mdlm", "duo"), default="mdlm")
     add("--out", type=Path, help="run folder, default out/<process>")
@@ -602,9 +439,9 @@ def parse_args(argv=None):
     add("--data", help="default: what the model was trained on")
     add("--cache", default="out/cache", help="folder of tokenised text")
     add("--judge", nargs="+", default=["ar"], help="see above")
-    add("--steps", nargs="+", type=int, help=f"passes at most, default {STEPS}; the masked teacher "
-        f"also {TEACHER_STEPS}")
-    add("--temperatures", nargs="+", type=float, default=[1.0], help="default 1")
+    add("--steps", nargs="+", type=number(int, 1),
+        help=f"passes at most, default {STEPS}; the masked teacher also {TEACHER_STEPS}")
+    add("--temperatures", nargs="+", type=number(float, 1e-3, 1e3), default=[1.0], help="default 1")
     add("--sweep", action="store_true", help="more of them, to held-out entropy; at most 6")
     add("--order", nargs="+", choices=ORDERS, default=ORDERS, help="masked process, else all")
     add("--ending", nargs="+", choices=ENDINGS, default=ENDINGS, help="uniform process, else all")
@@ -616,10 +453,9 @@ def parse_args(argv=None):
     add("--exact_match", action="store_true", help="of examples: share of right answers")
     add("--records", type=Path, help="append the records to this list, such as results/laptop.json")
     add("--plot", nargs="+", metavar="JSON", help="only draw these records: assets/<first>.png")
-    add("--seed", type=int, default=1)
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=1)
     add("--device", help="cuda, mps or cpu; default: the first that is there")
-    add("--dtype", choices=("bfloat16", "float32", "float64"), help="of sampling, default bfloat16 "
-        "where it pays")
+    add("--dtype", choices=checkpoint.DTYPES, help="of sampling; bfloat16: by autocast")
     add("--no-compile", action="store_true", help="nothing compiles")
     args = p.parse_args(argv)
     args.out = args.out or Path("out", args.process)
@@ -630,23 +466,17 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    if min(args.steps) < 1 or not all(0 < t < math.inf for t in args.temperatures):
-        raise BadInput(f"--steps {args.steps} --temperatures {args.temperatures}: use positives")
-    if not 0 <= args.seed < 2 ** 32:
-        raise BadInput(f"--seed {args.seed}: choose one from 0 to {2 ** 32 - 1}")
     if len(args.judge) > len(SUFFIXES) or "none" in args.judge[not args.sweep:]:
         raise BadInput(f"--judge {' '.join(args.judge)}: give {len(SUFFIXES)} at most, and none "
                        "stands alone, without --sweep")
-    if args.mauve and {*args.judge} <= {"none", "ngram"}:
-        raise BadInput(f"--mauve needs the hidden states of a judge and {args.judge[0]} has none: "
-                       "add ar, or leave --mauve out")
-    if args.mauve and not find_spec("mauve"):
-        raise BadInput("--mauve needs a package: pip install -r requirements-eval.txt")
+    if args.mauve:
+        from experiments.measures import check_mauve
+        check_mauve(args)
     if args.records and args.records.exists():
         read_records(args.records)                         # before the hours of work, not after
 
 
-def load_models(args, device, dtype):
+def load_models(args, device):
     """-> {name: (net, process)}, {name: meta}"""
     names = args.models or [n for n in MODELS if (args.out / f"{n}.pt").exists()]
     if not (args.models or args.init_from or "idlm" in names):
@@ -658,9 +488,6 @@ def load_models(args, device, dtype):
     nets, metas = {}, {}
     for name, path in paths.items():
         net, metas[name] = checkpoint.load_network(path, device, args.process)
-        if dtype == "float64":
-            net.double()
-        net.freeze(torch.bfloat16 if dtype == "bfloat16" else None)
         nets[name] = net, checkpoint.make_process(metas[name])
     return nets, metas
 
@@ -670,10 +497,13 @@ def load_data(args, metas):
     source = args.data or meta.get("data")
     if not source:
         raise BadInput(f"{args.init_from} does not say which text to compare with: add --data")
-    data = TextData(source, meta["tokenizer"]["name"], meta["block_size"], cache=args.cache)
+    published = {"wrap_eos": meta["tokenizer"]["name"] == "gpt2"}
+    data = TextData(source, meta["tokenizer"]["name"], meta["block_size"], cache=args.cache,
+                    wrap_eos=meta.get("defining", published)["wrap_eos"])
     for name, meta in metas.items():
         if meta["tokenizer"] != data.spec:
-            raise BadInput(f"{name} has another tokenizer than {source}: give the --data it was trained on")
+            raise BadInput(f"{name} has another tokenizer than {source}: give the --data "
+                           "that it was trained on")
         if meta.get("data_key") != data.key:
             print(f'note: {name} was not trained on {source} as it is: what is "held-out" of it '
                   "may have been trained on")
@@ -684,19 +514,20 @@ def load_data(args, metas):
 
 def held_out(data, num_texts, least):
     """-> two halves of held-out blocks (N, L); of the first one, prompts and answers (N, L), -1
-    where free."""
-    blocks = data.val_blocks(2 * num_texts).x_0.numpy()
-    n = len(blocks) // 2
+    where free. An answer ends with the first token of its padding; what follows may be anything."""
+    x, free = data.val_blocks(2 * num_texts)
+    n = len(x) // 2
     if n < least:
         raise BadInput(f"{n} texts a row, by --num_texts or as half of the held-out ones: an "
                        f"interval needs {GROUPS}, and MAUVE {MIN_MAUVE} for ten clusters")
-    prompts, answers = np.full((2, n, data.block_size), -1)
-    examples = data.val_examples(2 * num_texts)[:2 * n:2] if data.examples else []
-    for i, example in enumerate(examples):
-        prompt, answer = (encode(data.tokenizer, text) for text in example)
-        prompts[i, :len(prompt)] = prompt
-        answers[i, len(prompt):len(prompt) + len(answer)] = answer
-    return blocks[:2 * n:2], blocks[1:2 * n:2], torch.from_numpy(prompts), answers
+    x = x[:2 * n]
+    first, second = x[::2], x[1::2].numpy()
+    if free is None:
+        return first.numpy(), second, torch.full_like(first, -1), None
+    from experiments.measures import answers_of
+    free = free[:2 * n:2]
+    answers = answers_of(first, free, data)
+    return first.numpy(), second, torch.where(free, -1, first), answers
 
 
 def settings_of(args, names, length):
@@ -716,7 +547,7 @@ def evaluate(args, columns=COLUMNS):
     dtype = checkpoint.pick_dtype(args.dtype, device)
     torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
     rows.COMPILE = device.type == "cuda" and not args.no_compile
-    nets, metas = load_models(args, device, dtype)
+    nets, metas = load_models(args, device)
     data = load_data(args, metas)
     num_texts = args.num_texts or (64 if device.type == "cpu" else 512)
     texts, reference, prompts, answers = held_out(
@@ -733,6 +564,7 @@ def evaluate(args, columns=COLUMNS):
     real, resampled = measure(texts, kind="real", model="real text" + " (other half)" * args.mauve)
     records = [real]
     if args.controls:
+        from experiments.measures import control_rows
         records += control_rows(measure, data, texts, args.seed)
     records += model_rows(nets, settings_of(args, nets, data.block_size), prompts, measure,
                           resampled, args.temperatures, args.sweep)
@@ -741,10 +573,11 @@ def evaluate(args, columns=COLUMNS):
     if args.records:
         append_records(args.records, [provenance | record for record in records])
     print(records_table(records, columns))
-    print(f"{len(texts)} texts of {data.block_size} tokens a row; judge {' and '.join(args.judge)}; "
+    print(f"{len(texts)} texts of {data.block_size} tokens a row; judge {', '.join(args.judge)}; "
           f"± half of the 95 % interval over texts; more in {args.out / 'eval.json'}")
     for suffix in list(judges)[1:]:
-        print(disagreement(records, "gen_ppl" + suffix) or "both judges order the rows alike")
+        from experiments.measures import disagreement
+        print(disagreement(records, "gen_ppl" + suffix))
 
 
 def short_table(out, process, device, seed, no_compile=False, cache="out/cache"):
@@ -753,7 +586,7 @@ def short_table(out, process, device, seed, no_compile=False, cache="out/cache")
         spec = checkpoint.load(Path(out, "teacher.pt"))["tokenizer"]
         args = parse_args([
             f"--out={out}", f"--process={process}", f"--seed={seed}", f"--cache={cache}",
-            f"--device={device}", "--steps", "4", "16", "--ending=map", "--num_texts=40",
+            f"--device={device}", "--steps", "4", "16", "--ending=map", "--num_texts=32",
             "--metrics=known_words", "--judge=ngram" if spec["name"] == "char" else "--judge=none"])
         args.no_compile, args.teacher_steps = no_compile, TEACHER_STEPS
         evaluate(args, "model order ending steps passes bits_per_char entropy distinct4 repetition "

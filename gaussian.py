@@ -13,6 +13,7 @@ tables and forward differences. To reuse: copy this file alone (torch only).
 import math
 
 import torch
+import torch.nn.functional as F
 
 # Duo's published clock: gamma is linear in t between these, at K = 50,257. For another K the ends
 # are those gammas at which alpha is the same.
@@ -30,7 +31,7 @@ def alpha_of_gamma(gamma, K):                              # (n,) -> alpha, dalp
     With m = exp(-gamma / 2), the token's own entry of w is the largest with probability
     P = E[Phi(m + xi)^(K - 1)], xi ~ N(0, 1). Kept or drawn back by chance, P is
     alpha + (1 - alpha) / K. The integrals are trapezoid sums, which converge fast for so smooth an
-    integrand; tests/test_teacher.py holds their error.
+    integrand; tests/test_gaussian.py holds their error.
     """
     gamma = gamma.double()
     if not bool(gamma.isfinite().all()):
@@ -144,14 +145,17 @@ def on_device(rng, device):
     return torch.Generator(device).manual_seed(seed.item())
 
 
-def random_places(n, k, shape, rng):                       # -> (*shape, k) int64
-    """k different numbers below n, in random order. Floyd: a repetition takes the newest number."""
+def random_places(n, k, shape, rng, extra=8):              # -> (*shape, k) int64
+    """k different numbers below n, in random order, without a wait for the device.
+
+    Of many numbers k + extra are drawn and repetitions left out; more than `extra` of them come
+    once in 10^12 rows.
+    """
     device = rng.device
-    chosen = torch.empty(*shape, 0, dtype=torch.int64, device=device)
-    for newest in range(n - k, n):
-        draw = torch.randint(newest + 1, (*shape, 1), generator=rng, device=device)
-        is_taken = (chosen == draw).any(-1, keepdim=True)
-        place = torch.where(is_taken, newest, draw)
-        chosen = torch.cat([chosen, place], -1)
-    order = torch.rand(chosen.shape, generator=rng, device=device).argsort(-1)
-    return chosen.gather(-1, order)
+    if n <= 1024:
+        return torch.rand(*shape, n, generator=rng, device=device).argsort(-1)[..., :k]
+    draws = torch.randint(n, (*shape, k + extra), generator=rng, device=device)
+    place, order = draws.sort(dim=-1, stable=True)
+    is_repeated = F.pad(place.diff(dim=-1) == 0, (1, 0))
+    order = order + is_repeated * (k + extra)              # repetitions last
+    return place.gather(-1, order.argsort(-1))[..., :k]

@@ -193,7 +193,9 @@ def sample_masked(net, process, x, is_masked, steps, rng, law, order, callback):
 # -- uniform process
 
 def uniform_step(logits, z, u_kind, u_token, alpha_t, alpha_s, temperature, top_p, K):
-    """x_s ~ q(x_s | x_t = z, f), Uniform.posterior, as the mixture it is.  # (N, K), (N,) x3 -> (N,)
+    """x_s ~ q(x_s | x_t = z, f), UDLM's posterior (eq. 15), as the mixture it is.
+
+    logits (N, K), z and the two uniform draws (N,) -> (N,).
 
     Up to the factor K alpha_t f_z + 1 - alpha_t the posterior puts K alpha_t f_z + alpha_ts -
     alpha_t on staying at z, spreads alpha_s - alpha_t as f and (1 - alpha_ts)(1 - alpha_s) evenly:

@@ -131,7 +131,7 @@ def masked_generator_loss(
 # A network's row f is the law of token l given the *other* noised tokens. G is the law given all of
 # them: with x_tilde's own token v at level a~,
 #     G_u  ~  f_u q(v | u)  ~  f_u (1 + [u = v] K a~ / (1 - a~)).
-# This is the one definition of G: sampling makes the same of f (Uniform.posterior). Only `soft`, as
+# This is the one definition of G: sampling makes the same of f. Only `soft`, as
 # published, takes the row itself: its bonus is 0.
 
 def token_bonus(sigma, K):                                 # (B,) -> (B,)
@@ -252,9 +252,7 @@ def uniform_generator_loss(
 # The networks read the Gaussian state softmax(w / tau) of G, w = scale G + std xi, and the gradient
 # runs through it. Its law is q(. | G) only for one-hot G; tests/test_idlm_loss.py shows how far off.
 
-NO_BONUS = 0.0
-
-def top_entries(w, k, size=64):                            # (N, K) -> (N, k): ids, largest first
+def top_entries(w, k, size=256):                           # (N, K) -> (N, k): ids, largest first
     """w.topk(k), by blocks: the k largest entries stand in the k blocks of the largest maxima."""
     if w.shape[1] <= size * k:
         return w.topk(k).indices
@@ -330,7 +328,7 @@ def soft_fake_loss(
         uniform_nelbo, K,
         nets=(fake, frozen(generator)),
         hidden=(h_f, h_g),
-        args=(z, alpha, dalpha, z, NO_BONUS, K),
+        args=(z, alpha, dalpha, z, 0.0, K),
         where=free,
     )
     return nelbo.mean()
@@ -355,7 +353,7 @@ def soft_generator_loss(
         uniform_gap, K,
         nets=(generator, fake, teacher),
         hidden=(h_g, h_f, h_t),
-        args=(z, alpha, dalpha, z, NO_BONUS, K),
+        args=(z, alpha, dalpha, z, 0.0, K),
         where=free,
     )
     return gap.mean()

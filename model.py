@@ -61,8 +61,8 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", 10_000 ** (-torch.arange(0, head_dim, 2) / head_dim))
 
-    def forward(self, num_positions, start=0):                       # -> cos, sin: (L, 1, d / 2)
-        position = torch.arange(num_positions, device=self.inv_freq.device) + start
+    def forward(self, num_positions):                                # -> cos, sin: (L, 1, d / 2)
+        position = torch.arange(num_positions, device=self.inv_freq.device)
         angle = position[:, None, None] * self.inv_freq
         return angle.cos(), angle.sin()
 
@@ -138,7 +138,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.adaLN_modulation.weight)     # both gates 0: a new block is the identity
         nn.init.zeros_(self.adaLN_modulation.bias)
 
-    def forward(self, x, cond, cos, sin, keep=None, cache=None):
+    def forward(self, x, cond, cos, sin, keep=None):
         B, L, D = x.shape
         modulation = self.adaLN_modulation(cond)[:, None].chunk(6, dim=-1)       # (B, 1, D) each
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
@@ -148,11 +148,7 @@ class Block(nn.Module):
         q = rotate(q, cos, sin).transpose(1, 2)
         k = rotate(k, cos, sin).transpose(1, 2)
         v = v.transpose(1, 2)
-        if cache is not None:                            # a causal model writing token by token
-            k, v, visible = cache(k, v)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         out = self.attn_out(out.transpose(1, 2).reshape(B, L, D))
         x = x + gate1 * self.drop(out, keep, 0)
         out = self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -287,7 +283,4 @@ class DiT(nn.Module):
             if dtype and isinstance(module, nn.Linear):
                 module.to(dtype)
         return self.requires_grad_(False)
-
-    def num_params(self):
-        return sum(p.numel() for p in self.parameters())
 

@@ -92,7 +92,7 @@ def main(argv=None):
     net, meta = checkpoint.load_network(name, device, args.process)
     if args.export:
         checkpoint.export(net, meta, args.export)
-        return print(f"wrote {args.export}: {net.num_params():,} parameters of {name}")
+        return print(f"wrote {args.export}, the weights of {name}")
     process = checkpoint.make_process(meta)
     tokenizer = get_tokenizer(meta["tokenizer"])
     length = args.length or meta["block_size"]

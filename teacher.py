@@ -20,7 +20,6 @@ To reuse: copy this file, gaussian.py and rows.py (torch only).
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from gaussian import GaussianClock
 from rows import entry, frozen, mean_over, per_row, upcast, weighted_cross_entropy
@@ -28,11 +27,11 @@ from rows import entry, frozen, mean_over, per_row, upcast, weighted_cross_entro
 EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
 
 
-def stratified_times(B, rng, t_min=EPS):
-    """Row i of B draws from the i-th of B equal slices of [t_min, 1]: less variance, same mean."""
+def stratified_times(B, rng):
+    """Row i of B draws from the i-th of B equal slices of [EPS, 1]: less variance, same mean."""
     u = torch.rand(B, generator=rng, device=rng.device)
     t = (torch.arange(B, device=rng.device) + u) / B
-    return t_min + (1 - t_min) * t
+    return EPS + (1 - EPS) * t
 
 
 def log_linear(t):                                         # (B,) -> alpha_t, dalpha_t: (B,) each
@@ -67,11 +66,11 @@ class Masked:
 
     def draw_mask(self, t, L, rng, free=None):             # (B,) -> (B, L) bool: where [MASK]
         u = torch.rand(len(t), L, generator=rng, device=rng.device)
-        is_masked = u >= self.alpha(t)[0][:, None].to(u.device)
+        is_masked = u >= self.alpha(t)[0][:, None]
         return is_masked if free is None else is_masked & free
 
     def draw_noise(self, t, L, rng, soft=False, free=None):
-        """The noise of x_t ~ q(x_t | x_0), as idlm_loss.py takes it. (soft: uniform process alone)"""
+        """The noise of x_t, as idlm_loss.py takes it. soft: of the uniform process alone."""
         return {
             "is_masked": self.draw_mask(t, L, rng, free),
             "weight": self.weight(t),
@@ -136,7 +135,7 @@ class Uniform:
     def draw_keep(self, t, L, rng, free=None):
         """-> keep (B, L) bool, tokens (B, L): x_t is x_0 where `keep`, else the random token."""
         u = torch.rand(len(t), L, generator=rng, device=rng.device)
-        keep = u < self.alpha(t)[0][:, None].to(u.device)
+        keep = u < self.alpha(t)[0][:, None]
         tokens = self.prior(len(t), L, rng)
         return keep if free is None else keep | ~free, tokens
 
@@ -159,20 +158,6 @@ class Uniform:
 
     def log_probs(self, logits, x_t):                      # (..., >= K), (...) -> (..., K)
         return upcast(logits[..., :self.K]).log_softmax(-1)
-
-    def posterior(self, x_0_probs, x_t, alpha_t, alpha_s):  # (..., K), (...) -> (..., K)
-        """q(x_s | x_t, x_0) (UDLM, eq. 15), the network's row f in the place of x_0.
-
-        It is the law of x_s for x_0 ~ G, G = f weighed by its own token (idlm_loss.py). The sampler
-        draws from it without forming it.
-        """
-        K = self.K
-        alpha_ts = alpha_t / alpha_s
-        is_z = F.one_hot(x_t, K).to(x_0_probs)
-        f_z = x_0_probs.gather(-1, x_t[..., None])
-        stay = (K * alpha_t * f_z + alpha_ts - alpha_t) * is_z
-        move = (alpha_s - alpha_t) * x_0_probs + (1 - alpha_ts) * (1 - alpha_s) / K
-        return (stay + move) / (K * alpha_t * f_z + 1 - alpha_t)
 
 
 def one_hot_nelbo(logits_f, x, z, a, dalpha, K):           # (N, K), (N,) x2, (N, 1) x2 -> (N,)

@@ -2,7 +2,6 @@
 """Why a mixture, and why its solution is unique: the method on texts of two tokens, seen as points.
 
     python toy.py                 out/toy/toy.png and out/toy/toy.json; a minute on two cores
-    python toy.py --theorem       the exact loss, minimised from three starts; half a minute
     python toy.py --seeds 0 1 2 --picture assets/toy.png --records results/toy.json
                                   the shipped files
 
@@ -12,7 +11,7 @@ Gaussian latent is averaged, over 2^15 draws. Of p_theta the records hold
     validity   its mass where p* > 0
     js         the Jensen-Shannon divergence to p*, nats: 0 for p*, at most 0.69
 
-Losses, noise and posterior are the project's own; the network is a smaller one. The generator learns
+Losses and noise are the project's; the network is a smaller one. The generator learns
 to write in one pass, so its latent eps is noise alone, t_tilde = 1. Uniform: two random tokens.
 Masked: two [MASK], in which nothing is random, and so a Gaussian z beside them (the paper, arXiv
 2602.19066, has none; on text it did not pay). The uniform update is `hard`. What fails is trained
@@ -21,12 +20,10 @@ fake term; `soft`, which noises soft rows as published.
 """
 import argparse
 import copy
-import math
 import multiprocessing
 import signal
 from pathlib import Path
 
-import numpy
 import torch
 from torch import nn
 
@@ -109,8 +106,11 @@ def law(net, process, steps, rng):
         if masked:                                         # a visible token's row is that token
             reveal = torch.where(x == K, (alpha_s - alpha_t) / (1 - alpha_t), 1)[..., None]
             rows = torch.cat([reveal * rows, 1 - reveal], -1)
-        else:
-            rows = process.posterior(rows, x, alpha_t, alpha_s)
+        else:                                              # Bayes' rule: q(x_s | f) q(x_t | x_s)
+            keep = alpha_t / alpha_s
+            step = keep * nn.functional.one_hot(x, K) + (1 - keep) / K
+            rows = (alpha_s * rows + (1 - alpha_s) / K) * step
+            rows = rows / rows.sum(-1, keepdim=True)
         P = (weight[:, None] * rows[:, 0]).T @ rows[:, 1]
     return P[:K, :K]
 
@@ -123,85 +123,6 @@ def scores(P, p):                                          # of P against p: see
     middle = (P + p) / 2
     js = (kl(P, middle) + kl(p, middle)) / 2
     return {"validity": round(P[p > 0].sum().item(), 4), "js": round(js.item(), 4)}
-
-
-# ---- the theorem --------------------------------------------------------------------------------
-
-def exact_gap(P, p_star, process, fake=None, nodes=24):
-    """The IDLM loss of the law P, nats per text, with every text, noise and time summed.
-
-    P, p_star, fake: laws of L = 1, 2, 3 tokens, (K,) * L float64; differentiable. The best denoiser
-    of p_star is the teacher, that of P (or of `fake`) the fake. For fake = P the loss is
-    KL(P || p_star) less the KL of both laws noised to t = 1: never negative, and 0 for P = p_star
-    alone. Time by Gauss-Legendre in s, t = s^4: more nodes where t is small.
-
-    Either NELBO is a sum over positions, and its best denoiser a row that depends on the *other*
-    noised tokens. So for each position the others are noised, and the token itself stays clean.
-    """
-    s, node = (torch.tensor(x) for x in numpy.polynomial.legendre.leggauss(nodes))
-    t = ((1 + s) / 2) ** 4
-    node = node / 2 * 4 * t ** 0.75
-    alpha, dalpha = (x.view(-1, *[1] * P.dim()) for x in process.alpha(t))
-    total = 0
-    for position in range(P.dim()):
-        joint, joint_f, joint_t = (others_noised(q, position, alpha, process)
-                                   for q in (P, P if fake is None else fake, p_star))
-        f, f_star = rows_of(joint_f), rows_of(joint_t)
-        if isinstance(process, Masked):     # a chance of 1 - alpha cancels in the NELBO's weight
-            gap = joint * (f / f_star).log()
-        else:
-            gap = uniform_gap(joint, f, f_star, K=process.K, a=alpha)
-        total = total - (node * (dalpha * gap).flatten(1).sum(1)).sum()
-    return total
-
-
-def others_noised(P, position, alpha, process):
-    """(K,) * L -> (nodes, ..., K): the others noised at alpha, (nodes, 1, ...), this token last."""
-    P = P[None]
-    for axis in range(1, P.dim()):
-        if axis != position + 1:
-            noise = (1 - alpha) * P.sum(axis, keepdim=True)
-            if isinstance(process, Masked):
-                P = torch.cat([alpha * P, noise], axis)
-            else:
-                P = alpha * P + noise / process.K
-    return P.movedim(position + 1, -1)
-
-
-def rows_of(joint):
-    joint = joint.clamp(min=1e-30)                         # finite logarithms
-    return joint / joint.sum(-1, keepdim=True)
-
-
-def uniform_gap(joint, f, f_star, K, a):
-    """The NELBOs of UDLM and Duo with the position's noised token z ~ gbar / K summed out, where
-    gbar = K a g + 1 - a for the row g of P, and likewise fbar and tbar:
-    1 / (K a) sum_v gbar_v (log fbar_v / tbar_v + 1 / tbar_v - 1 / fbar_v) - log fbar_v / tbar_v
-    """
-    gbar, fbar, tbar = (K * a * row + 1 - a for row in (rows_of(joint), f, f_star))
-    log_ratio = (fbar / tbar).log()
-    inner = gbar * (log_ratio + 1 / tbar - 1 / fbar) - log_ratio
-    return joint.sum(-1, keepdim=True) * inner / (K * a)
-
-
-def theorem(updates=300):
-    """Descend from three starts, by the IDLM loss and by NELBO(f*) alone (a flat, fixed fake)."""
-    torch.manual_seed(0)
-    flat = torch.full((K, K), 1 / K ** 2, dtype=torch.float64)
-    p_star = 0.999 * eight_modes() + 0.001 * flat          # finite logarithms
-    edge = torch.arange(K)[:, None] > 39                   # a part of one mode
-    starts = {"flat": flat.log(), "an edge": p_star.log() + 9 * edge, "noise": torch.randn(K, K)}
-    for name, process in PROCESSES.items():
-        for loss, fake in {"IDLM loss": None, "no fake term": flat}.items():
-            for start, logits in starts.items():
-                logits = logits.double().clone().requires_grad_()
-                optimizer = torch.optim.Adam([logits])
-                for _ in range(updates):
-                    P = logits.flatten().softmax(0).view(K, K)
-                    step(exact_gap(P, p_star, process, fake, nodes=6), optimizer, 0.3)
-                cells = (-torch.xlogy(P, P).sum()).exp().item()
-                print(f"{name:8}{loss:13} from {start:8} KL(P || p*) {kl(P, p_star).item():.5f}"
-                      f"  on {cells:.0f} texts", flush=True)
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -288,14 +209,16 @@ def run(name, seed, updates):
 def draw_picture(results, path):
     """results: {process: run(...)}. A row for each process, one for what fails."""
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    p, rows, failing = eight_modes().numpy(), [], [None]
+    from matplotlib.figure import Figure
+    p = eight_modes().numpy()
+    rows = []
+    failing = [None]
     for models in results.values():
         rows.append([(p, None)] + models[:4])
         failing += models[4:]
-    plt.rcParams |= {"font.size": 13, "axes.titlesize": 13}
-    figure, axes = plt.subplots(3, 5, figsize=(8.3, 7.3), layout="constrained")
+    matplotlib.rcParams |= {"font.size": 13, "axes.titlesize": 13}
+    figure = Figure((8.3, 7.3), layout="constrained")
+    axes = figure.subplots(3, 5)
     for row, panels in enumerate([*rows, failing]):
         for axis, panel in zip(axes[row], panels):
             axis.set(xticks=[], yticks=[])
@@ -321,14 +244,11 @@ def draw_picture(results, path):
 def main():
     parser = argparse.ArgumentParser(description="The method on texts of two tokens.")
     add = parser.add_argument
-    add("--theorem", action="store_true", help="minimise the exact loss")
     add("--seeds", type=int, nargs="+", default=[0], help="the picture is of the first")
     add("--updates", type=int, default=600, help="of teacher and generator")
     add("--picture", type=Path, default="out/toy/toy.png")
     add("--records", type=Path, default="out/toy/toy.json")
     args = parser.parse_args()
-    if args.theorem:
-        return theorem()
     tasks = [(name, seed, args.updates) for seed in args.seeds for name in PROCESSES]
     # Workers leave Ctrl-C to this process, which ends them on its way out of `with`.
     with multiprocessing.Pool(2, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:

@@ -135,8 +135,8 @@ def draw_batch(s, data, step, part, m, soft):
     """The m-th of num_micro interleaved parts of the global batch, b texts.
 
     Returns x_0 (b, L); free (b, L) bool, or None where the model writes all; t and t_tilde (b,);
-    the rng of all further draws. All on the CPU, but x_0 for Gaussian states (soft), which are
-    drawn on the device.
+    the rng of all further draws. All on the CPU, but x_0 for Gaussian states (soft) on a GPU,
+    which draws them faster.
     """
     rng = torch.Generator().manual_seed(key_of(s, step, part, "batch"))
     mine = slice(m, None, s.num_micro)
@@ -145,7 +145,7 @@ def draw_batch(s, data, step, part, m, soft):
     t_tilde = stratified_times(s.batch_size, rng)
     if s.pairing == "independent":
         t_tilde = t_tilde[torch.randperm(s.batch_size, generator=rng)]
-    if soft:
+    if soft and s.device.type == "cuda":
         x_0 = to_device(x_0, s.device)
     seed = key_of(s, step, part, m)
     torch.manual_seed(seed)                                # dropout's

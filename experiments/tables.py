@@ -56,7 +56,8 @@ TABLES = {
     "laptop_uniform": Table(MODEL, "passes bits_per_char entropy distinct4 repetition known_words",
                             at_temperature_1),
     "novels": Table(MODEL, f"{QUALITY} gen_ppl_2 gm", at_temperature_1),
-    "novels_sweep": Table(f"{MODEL} temperature", f"{QUALITY} gen_ppl_matched", is_masked, "novels"),
+    "novels_sweep": Table(f"{MODEL} temperature", f"{QUALITY} gen_ppl_matched", is_masked,
+                          file="novels"),
     "bench_h200": Table("name", "median_ms authors_ms peak_gib authors_gib tokens_per_s"),
     "bench_cpu": Table("name", "median_ms peak_gib tokens_per_s"),
 }
@@ -120,7 +121,8 @@ def table_of(name, table, records):
     shown = [i for i in range(len(rows[0])) if any(row[i] != "–" for row in rows)]
     header = [(keys + columns)[i] for i in shown]
     lines = [header, ["---"] * len(header)] + [[row[i] for i in shown] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + f"\n{caption(table, name, groups)}\n"
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{text}\n{caption(table, name, groups)}\n"
 
 
 def caption(table, name, groups):

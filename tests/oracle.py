@@ -82,6 +82,17 @@ def noised(process, t, law, L):
     return law @ product(q, q[0])
 
 
+def posterior(rows, x_t, alpha_t, alpha_s):
+    """Uniform process: q(x_s | x_t), x_0 drawn from `rows`, by Bayes' rule: (..., K), (...) -> (..., K).
+
+    UDLM prints it multiplied out (eq. 15). With a leave-one-out row this is what sampling draws from.
+    """
+    K, keep = rows.shape[-1], alpha_t / alpha_s
+    x_s = alpha_s * rows + (1 - alpha_s) / K
+    joint = x_s * (keep * torch.nn.functional.one_hot(x_t, K) + (1 - keep) / K)
+    return joint / joint.sum(-1, keepdim=True)
+
+
 def kl(p, q):
     return (p * (p / q).log()).sum()
 

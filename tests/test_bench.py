@@ -1,19 +1,17 @@
-"""bench.py: its clock, its FLOPs, its update, the KV cache of the rival, and its records.
+"""experiments/bench.py: its clock, its FLOPs, its update, and its records.
 
 Run: python -m pytest tests/test_bench.py
 """
-import copy
 import json
 import time
 
 import pytest
 import torch
 
-import bench
 import rows
 import train
 from data import BadInput
-from model import DiT, ModelConfig
+from experiments import bench
 from teacher import Masked, Uniform
 
 TINY = "--block_size 16 --size 2x2x32 --batch_size 2 --no-compile --device cpu".split()
@@ -51,7 +49,7 @@ def test_all_cases_print_a_line_and_add_a_record(tmp_path, capsys):
     records = json.loads(path.read_text())
     train_names = [f"train {kind} B2" for kind in ("mdlm", "hard", "soft")]
     names = train_names + ["sample mdlm 16 B2"] * 2 + ["sample duo 4 B2"] * 2
-    names += ["rival ar B2"] * 3 + train_names
+    names += train_names
     assert [r["name"] for r in records] == names
     assert [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()] == names
     for r in records:
@@ -167,30 +165,3 @@ def test_an_update_moves_generator_fake_and_average(kind, monkeypatch):
 
 
 Synthetic = bench.Synthetic
-
-
-def test_writing_with_a_cache_equals_writing_without():
-    """The same draws, the whole text through the causal network at every token, in float64."""
-    torch.manual_seed(0)
-    net = DiT(ModelConfig(50, num_layers=3, num_heads=2, width=32, causal=True)).double().eval()
-    for block in net.blocks:                # a new network is the identity and predicts nothing
-        torch.nn.init.ones_(block.adaLN_modulation.bias)
-    torch.nn.init.normal_(net.output_layer.linear.weight, std=0.5)
-    L, B = 24, 3
-    u, first = torch.rand(L, B, dtype=torch.float64), torch.randint(50, (B, 1))
-    text = first
-    with torch.no_grad():
-        for i in range(L):
-            logits = net(text, torch.zeros(B))[:, -1]
-            text = torch.cat([text, rows.sample_categorical(logits, u[i])[:, None]], dim=1)
-    tokens = torch.cat([first, first.new_zeros(B, L)], dim=1)
-    write = bench.cached_writer(copy.deepcopy(net), tokens, u)
-    for _ in range(2):                                     # a second text starts from nothing
-        tokens[:, 1:] = 0
-        write()
-        assert torch.equal(tokens, text)
-    assert len(text[:, 1:].unique()) > 20                  # the comparison is of something
-    with torch.no_grad():                                  # that depends on the past
-        last = net(text[:, :-1], torch.zeros(B))[:, -1].softmax(-1)
-        alone = net(text[:, -2:-1], torch.zeros(B))[:, -1].softmax(-1)
-    assert (last - alone).abs().max() > 0.05

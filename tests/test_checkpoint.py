@@ -11,7 +11,6 @@ import random
 import re
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -203,6 +202,7 @@ def test_load_network_gives_the_averaged_weights_and_the_rest(tmp_path):
     ({"step": "x"}, ["step 'x' is no int"]), ({"updates": 1.5}, ["updates 1.5 is no int"]),
     ({"tokenizer": "char"}, ["TypeError"]), ({"tokenizer": {}}, ["KeyError 'name'"]),
     ({"tokenizer": {"name": "char", "chars": 12}}, ["TypeError"]),
+    ({"tokenizer": {"name": "char", "chars": "abcdefghijkk"}}, ["tokenizer of 11"]),
     ({"config": {}}, ["KeyError"]), ({"config": 3}, ["TypeError"])])
 def test_metadata_is_checked_before_anything_is_built(changed, words, tmp_path):
     save(tmp_path / "x.pt", state_of(small_net()) | changed)
@@ -211,7 +211,7 @@ def test_metadata_is_checked_before_anything_is_built(changed, words, tmp_path):
 
 @pytest.mark.parametrize("name, value", [
     ("num_layers", 10 ** 9), ("num_layers", "two"), ("num_layers", 2), ("num_layers", 0),
-    ("num_layers", True), ("num_heads", 0), ("num_heads", 3), ("num_heads", 4), ("num_heads", None),
+    ("num_heads", 0), ("num_heads", 3), ("num_heads", 4), ("num_heads", None),
     ("width", 10 ** 9), ("width", 32), ("width", -16), ("width", 16.0),
     ("cond_dim", 10 ** 9), ("cond_dim", 16), ("vocab_size", 10 ** 12), ("vocab_size", 12),
     ("causal", "no"), ("causal", 0)])
@@ -235,8 +235,8 @@ def test_a_missing_key(missing, tmp_path):
 def test_tensors_that_do_not_fit(tmp_path):
     path, net = tmp_path / "x.pt", small_net()
     weights = net.state_dict()
-    save(path, state_of(net, ema={key: w for key, w in weights.items() if "norm1" not in key}))
-    refused(lambda: load_network(path), "Missing key", "blocks.0.norm1.weight")
+    save(path, state_of(net, ema={key: w for key, w in weights.items() if "norm2" not in key}))
+    refused(lambda: load_network(path), "Missing key", "blocks.0.norm2.weight")
     save(path, state_of(net))
     refused(lambda: load_network(path, "cpu", "duo"), "a mdlm network", "process duo")
 
@@ -398,13 +398,13 @@ def test_which_process_it_is(tmp_path, name, V, flag, config, process):
     ("mdlm", 13, "mdlm", {"process": "duo"}, ["mdlm", "duo"]),
     ("mdlm", 12, None, {}, ["12 tokens", "tokenizer of 12"]),
     ("duo", 14, None, {}, ["14 tokens", "tokenizer of 12"]),
-    ("mdlm", 13, None, {"hidden_dim": 256}, ["vocab_embed.embedding", "256"]),
-    ("mdlm", 13, None, {"n_blocks": 3}, ["blocks.2.norm1.weight"]),
-    ("mdlm", 13, None, {"cond_dim": 16}, ["sigma_map.mlp.0.weight"]),
+    ("mdlm", 13, None, {"hidden_dim": 256}, ["'width': 256", "'width': 128"]),
+    ("mdlm", 13, None, {"n_blocks": 3}, ["'num_layers': 3", "'num_layers': 2"]),
+    ("mdlm", 13, None, {"cond_dim": 16}, ["'cond_dim': 16", "'cond_dim': 8"]),
     ("mdlm", 13, None, {"n_heads": 4}, ["rotary_emb.inv_freq"]),
     ("mdlm", 13, None, {"n_heads": 3}, ["3 heads"]),
     ("mdlm", 13, None, {"vocab_size": 12}, ["12 tokens"]),
-    ("mdlm", 13, None, {"n_blocks": 10 ** 9}, ["1000000000 layers"]),
+    ("mdlm", 13, None, {"n_blocks": 10 ** 9}, ["'num_layers': 1000000000"]),
     ("mdlm", 13, None, {"model_length": "long"}, ["block_size 'long' is no int"]),
     ("mdlm", 13, None, {"sha256": "00"}, ["not the file that config.json was written for"])])
 def test_contradictions_of_a_config(tmp_path, name, V, flag, config, words):
@@ -420,7 +420,8 @@ def test_without_a_config_it_is_gpt2(tmp_path):
     net, meta = load_network(write(tmp_path / "duo", weights))
     assert make_process(meta).K == 50257 and net.config.vocab_size == 50258
     assert meta["config"] == asdict(net.config) and net.config.num_heads == 1
-    refused(lambda: load_network(write(tmp_path / "mdlm", synthetic(layers=1))), "13 tokens", "50257")
+    path = write(tmp_path / "mdlm", synthetic(layers=1))
+    refused(lambda: load_network(path), "13 tokens", "50257")
 
 
 def test_a_padded_uniform_vocabulary_predicts_tokens_only(tmp_path, rng):
@@ -447,7 +448,8 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     for name in ("a.pt", "b.pt"):
         save(tmp_path / "two" / name, state_of(small_net()))
     refused(lambda: load_network(tmp_path / "two"), "two", "2 files")
-    refused(lambda: load_network(write(tmp_path / "other", {"other": torch.ones(2)})), "vocab_embed")
+    path = write(tmp_path / "other", {"other": torch.ones(2)})
+    refused(lambda: load_network(path), "vocab_embed")
 
     import huggingface_hub
 
@@ -536,6 +538,17 @@ def test_one_sentence(monkeypatch):
         run_script(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize("script, status", [("sample.py", 0), ("train.py", 1)])
+def test_a_pipe_that_closes(script, status, monkeypatch, tmp_path):
+    """Quiet: a number is no sentence. But a training that nobody reads has not been finished."""
+    with monkeypatch.context() as patch, open(tmp_path / "out", "w") as stdout:
+        patch.setattr("sys.stdout", stdout)
+        patch.setattr("sys.argv", [script])
+        with pytest.raises(SystemExit) as end:
+            run_script(raising(BrokenPipeError()))
+    assert end.value.code == status
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
 def test_every_terminal_survives(encoding, monkeypatch):
     """What it cannot show is replaced."""
@@ -567,12 +580,16 @@ def test_numbers_out_of_bounds(kind, text):
 
 def test_device_of_a_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert checkpoint.pick_device(None) == checkpoint.pick_device("cuda") == torch.device("cuda")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert checkpoint.pick_device(None) == torch.device("cuda:3")
     assert checkpoint.pick_device("cpu") == torch.device("cpu")
     assert checkpoint.pick_device("cuda:1") == torch.device("cuda:1")
+    for name in ("cuda:2", "cuda:x", "tpu"):
+        refused(lambda: checkpoint.pick_device(name), f"--device {name}: this machine", "cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     refused(lambda: checkpoint.pick_device("cuda"), "--device cuda", "cpu")
 
 

@@ -307,7 +307,6 @@ def test_an_example_is_prompt_answer_and_padding(load, write, byte_gpt2, name, t
         assert answer == PAIRS[end][1] + padding * (12 - used)
         seen.add(end)
     assert seen == set(range(48))           # the last 4 % are held out, each other one is drawn
-    assert x.val_examples(2) == PAIRS[48:]
     assert x.held_out == "the last 2 of 50 examples (4.0%)"
 
 
@@ -318,12 +317,11 @@ def test_free_is_where_the_model_writes(load, write):
     assert free.dtype == torch.bool and free.tolist() == [[False] * 4 + [True] * 4]
 
 
-def test_val_examples_are_evenly_spread_and_their_blocks_are_the_same(load, write):
+def test_held_out_examples_are_evenly_spread(load, write):
     x = load(write(LINES, "sums.tsv"), val_fraction=0.5)
-    assert x.val_examples(3) == [PAIRS[25], PAIRS[33], PAIRS[41]] == x.val_examples(3)
-    assert x.val_examples(99) == PAIRS[25:]
     assert [text_of(x, row).rstrip("\n") for row in x.val_blocks(3).x_0] == [
-        "".join(pair) for pair in x.val_examples(3)]
+        "".join(pair) for pair in (PAIRS[25], PAIRS[33], PAIRS[41])]
+    assert len(x.val_blocks(99).x_0) == 25
     text = x.train_text()
     assert all("".join(pair) in text for pair in PAIRS[:25]) and len(text) == 25 * 16
 
@@ -343,7 +341,8 @@ def test_the_files_of_a_glob_are_one_set_of_examples(load, write):
     write(LINES, "a.tsv")
     source = os.path.dirname(write("more\tof it\n", "b.tsv.gz")) + "/*.tsv*"
     x = load(source)
-    assert x.val_examples(2) == [PAIRS[49], ("more", "of it")]
+    last = [text_of(x, row).rstrip("\n") for row in x.val_blocks(2).x_0]
+    assert last == ["".join(PAIRS[49]), "moreof it"]
 
 
 # ---- data sets, and work that is killed ---------------------------------------------------------
@@ -595,3 +594,11 @@ def test_a_vocabulary_that_16_bits_cannot_number(load, write):
     with pytest.raises(BadInput) as failure:
         load(write("".join(letters + [chr(2 ** 17 + i) for i in range(2 ** 12)])))
     sentence(failure, "char", "65536", "gpt2")
+
+
+def test_blocks_wrapped_in_end_of_text(load, write, byte_gpt2, rng):
+    """As the released code cuts them: [eos], L - 2 tokens, [eos]."""
+    x = load(write("ab" * 500, "text.txt"), tokenizer="gpt2", block_size=8, wrap_eos=True)
+    eos = x.tokenizer.eot_token
+    for x_0, _ in (x.batch("train", 4, rng), x.val_blocks(2)):
+        assert (x_0[:, [0, -1]] == eos).all() and (x_0[:, 1:-1] != eos).all()

@@ -1,4 +1,4 @@
-"""Metrics, judges, controls, records, table and figure.    python -m pytest tests/test_evaluate.py"""
+"""Metrics, judges, controls, records, tables, figure.    python -m pytest tests/test_evaluate.py"""
 import json
 import math
 import re
@@ -14,10 +14,12 @@ import torch
 
 import checkpoint
 import evaluate
+import generator
 import train
 from data import BadInput, TextData
-from evaluate import NGram, Score, bootstrap, entropy, ppl_at, summary
-from experiments import tables
+from evaluate import NGram, Score, bootstrap, entropy, summary
+from experiments import measures, tables
+from experiments.measures import ppl_at, sample_ngram
 from generator import Sample
 from model import DiT, ModelConfig
 from teacher import Masked
@@ -81,14 +83,14 @@ def test_examples_of_the_docstrings():
     assert evaluate.whole_words("\nO, 'tis 3 x_y!") == ["O", "'tis", "x", "y"]
     assert evaluate.whole_words("cut") == evaluate.whole_words("") == []
     g, r = np.array([[1.0], [3.0]]), np.array([[0.0], [1.0]])
-    assert evaluate.gradient_moment(g, r).mean() == pytest.approx(2)
+    assert measures.gradient_moment(g, r).mean() == pytest.approx(2)
     assert ppl_at(2.6, np.array([2.5, 2.7]), np.array([1.0, 1.4])) == pytest.approx(math.exp(1.2))
 
 
 def test_wilson_interval_solves_its_equation():
     """Its ends are the shares q for which (p - q)^2 = z^2 q (1 - q) / n."""
     for right, n in ((0, 10), (3, 10), (10, 10), (450, 1000)):
-        p, ends = evaluate.wilson(right, n)
+        p, ends = measures.wilson(right, n)
         assert p == right / n
         for q in ends:
             assert (p - q) ** 2 == pytest.approx(1.96 ** 2 * q * (1 - q) / n, abs=1e-12)
@@ -114,7 +116,7 @@ def test_gradient_moment_is_unbiased():
     rng = np.random.default_rng(0)
     r = rng.normal(size=(2000, 8, 50)) * math.sqrt(0.5)
     g = rng.normal(size=(2000, 8, 50)) * math.sqrt(0.5) + 0.1
-    values = [evaluate.gradient_moment(a, b) for a, b in zip(g, r)]
+    values = [measures.gradient_moment(a, b) for a, b in zip(g, r)]
     assert abs(np.mean(values) - 0.5) < 0.15
     drawn = iter(values)
     assert coverage(0.5, lambda: (next(drawn),), 200) > 0.85
@@ -173,7 +175,7 @@ def test_next_temperature():
     above 0."""
     def sweep(target, start=1.0):
         done = [start]
-        while more := evaluate.next_temperature(done, [2.7 + 0.3 * (T - 1) for T in done], target):
+        while more := measures.next_temperature(done, [2.7 + 0.3 * (T - 1) for T in done], target):
             done += more
         return done
 
@@ -245,7 +247,8 @@ def stand_in(net, asked):
 
 
 def ids_of(text):
-    return [ord(c) % 200 for c in text if c != " "]
+    """Without spaces and short words, so that texts are shorter than 20 ids, too."""
+    return [ord(c) % 200 for word in text.split() if len(word) > 4 for c in word]
 
 
 @pytest.mark.parametrize("name, place, file", [("gpt2-large", "gpt2-large", None),
@@ -262,8 +265,10 @@ def test_a_pretrained_judge_reads_text_with_its_tokenizer(data, monkeypatch, nam
     assert asked[1][1]["use_safetensors"]
     x = data.val_blocks(4).x_0.numpy()
     scores = score(x, 2)
-    for row, total, n in zip(x, scores.nll, scores.tokens):
+    for row, total, n, feature in zip(x, scores.nll, scores.tokens, scores.features):
         ids = torch.tensor([ids_of(data.tokenizer.decode(row.tolist()))[:20]])
+        hidden = net.hidden(ids, torch.zeros(1))[0, :-1]
+        assert feature == pytest.approx(hidden.mean(0).detach().numpy(), abs=1e-4)
         log_p = net(ids, torch.zeros(1)).log_softmax(-1)[0, :-1]
         assert n == ids.shape[1] - 1 <= 19
         assert total == pytest.approx(-log_p.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-4)
@@ -295,7 +300,7 @@ def test_ngram_sums_to_one_and_is_its_formula(data, ngram):
 
 def test_ngram_samples_its_law():
     """Two tokens and a context of one: all 8 texts of length 3 against exp(-nll) (and the first
-    token's own law), 20,000 draws. The largest of 8 shares is off by 4.5 sd with odds below 1e-4."""
+    token's own law), 20,000 draws. The largest of 8 is off by 4.5 sd with odds below 1e-4."""
     x = np.random.default_rng(0).choice(2, 60, p=[0.8, 0.2]).astype(np.uint16)
     data = types.SimpleNamespace(train=x, K=2, examples=False, block_size=3)
     model = NGram(data, 2)
@@ -303,10 +308,10 @@ def test_ngram_samples_its_law():
     first = (np.bincount(x) + 20 / 2) / (60 + 20)
     law = first[texts[:, 0]] * np.exp(-model(texts).nll)
     assert law.sum() == pytest.approx(1)
-    drawn = model.sample(20_000, 3, seed=0) @ [4, 2, 1]
+    drawn = sample_ngram(model, 20_000, 3, seed=0) @ [4, 2, 1]
     shares = np.bincount(drawn, minlength=8) / 20_000
     assert np.all(np.abs(shares - law) < 4.5 * np.sqrt(law * (1 - law) / 20_000))
-    cold = model.sample(20_000, 3, seed=0, temperature=0.5)
+    cold = sample_ngram(model, 20_000, 3, seed=0, temperature=0.5)
     assert cold.mean() < (texts.mean(1) * law).sum() - 0.02    # ones are rarer than zeros
 
 
@@ -316,12 +321,12 @@ def test_words_are_shuffled_and_spaces_stay(data):
     """The same tokens; spaces and newlines at the same places among the words."""
     rng = np.random.default_rng(0)
     for row in data.val_blocks(20).x_0.numpy():
-        shuffled = evaluate.shuffle_words(row, data.tokenizer, rng)
+        shuffled = measures.shuffle_words(row, data.tokenizer, rng)
         text, other = (data.tokenizer.decode(x.tolist()) for x in (row, shuffled))
         assert re.split(r"\S+", text) == re.split(r"\S+", other)
         assert sorted(text.split()) == sorted(other.split())
     long = np.array(data.tokenizer.encode("the cat sat on the mat and so on"))
-    shuffled = evaluate.shuffle_words(long, data.tokenizer, np.random.default_rng(1))
+    shuffled = measures.shuffle_words(long, data.tokenizer, np.random.default_rng(1))
     assert not np.array_equal(long, shuffled)
 
 
@@ -329,7 +334,7 @@ def test_words_of_bpe_take_their_space_along():
     pieces = [b"The", b" walk", b"ing", b"\n", b" man", b"<|endoftext|>", b" x"]
     tokenizer = types.SimpleNamespace(decode_single_token_bytes=lambda token: pieces[token])
     for seed in range(20):
-        x = evaluate.shuffle_words(np.arange(7), tokenizer, np.random.default_rng(seed)).tolist()
+        x = measures.shuffle_words(np.arange(7), tokenizer, np.random.default_rng(seed)).tolist()
         assert sorted(x) == list(range(7)) and x.index(2) == x.index(1) + 1   # " walking"
         assert [x.index(3) < x.index(5)] == [True]
 
@@ -340,13 +345,14 @@ def test_every_control_is_exposed_by_a_column(data):
     blocks = data.val_blocks(250).x_0.numpy()
     measure = evaluate.Measure(data, {"": evaluate.ngram_of(data)}, blocks[1::2], BASE)
     real, _ = measure(blocks[::2], kind="real")
-    shuffled, repeated, ngrams = evaluate.control_rows(measure, data, blocks[::2], seed=0)
+    shuffled, repeated, ngrams = measures.control_rows(measure, data, blocks[::2], seed=0)
 
     def exposed(record):
         return {name for name in COLUMNS if record[f"{name}_ci"][0] > real[f"{name}_ci"][1]
                 or record[f"{name}_ci"][1] < real[f"{name}_ci"][0]}
     assert "gen_ppl" in exposed(shuffled) and shuffled["entropy"] == pytest.approx(real["entropy"])
-    assert {"overlap", "distinct4"} <= exposed(repeated) and repeated["overlap"] > 0.9
+    assert {"overlap", "distinct4"} <= exposed(repeated)
+    assert repeated["overlap"] == pytest.approx(1 - evaluate.overlap(blocks[1::2]).mean())
     assert "known_words" in exposed(ngrams)
     assert abs(ngrams["entropy"] - real["entropy"]) < 0.03
     assert abs(real["overlap"]) < 0.05
@@ -403,7 +409,7 @@ def test_records_of_a_sweep(data, ngram, monkeypatch):
     assert run(0.8, 1.2) == records
     hotter = run(1.5, 1.9)
     assert all(r["entropy_ci"][0] > real["entropy_ci"][1] for r in hotter)
-    assert all((r["gen_ppl_matched"], r["gen_ppl_matched_ci"]) == (None, [None] * 2) for r in hotter)
+    assert {(r["gen_ppl_matched"], *r["gen_ppl_matched_ci"]) for r in hotter} == {(None,) * 3}
     assert "gen_ppl_matched" not in run(1.0)[0]               # no curve, no matching
     swept = run(1.2, sweep=True)
     assert [r["temperature"] for r in swept] == [1.2, 1.1, 1.0, 0.9]
@@ -411,7 +417,7 @@ def test_records_of_a_sweep(data, ngram, monkeypatch):
 
 
 def test_a_text_depends_on_seed_and_batch_alone(data, monkeypatch):
-    """More texts leave the whole batches as they are; seeds differ, also by 2^32 in torch's count."""
+    """More texts leave the whole batches as they are, and batches and seeds differ."""
     monkeypatch.setattr(evaluate, "sample", ramp(data, lambda t: 0))
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 4 * L)
 
@@ -458,7 +464,7 @@ def test_mauve_itself_needs_neither_text_nor_network(monkeypatch):
     pytest.importorskip("mauve")
     rng = np.random.default_rng(0)
     p, q, far = rng.normal(size=(120, 8)), rng.normal(size=(120, 8)), rng.normal(3, 1, (120, 8))
-    assert evaluate.mauve(p, q) > 0.8 > 0.2 > evaluate.mauve(p, far)
+    assert measures.mauve(p, q) > 0.8 > 0.2 > measures.mauve(p, far)
 
 
 @pytest.mark.parametrize("broken, sentence", [
@@ -505,7 +511,7 @@ def test_from_checkpoints_to_table_and_figure(run_folder, capsys):
                            "--records", "results/both.json"])
     lines = capsys.readouterr().out.splitlines()
     assert "real text" in lines[2] and re.search(r"\d ±\d", lines[2])
-    assert lines[-2].startswith("16 texts of 32 tokens a row; judge ar and ngram")
+    assert lines[-2].startswith("16 texts of 32 tokens a row; judge ar, ngram")
     assert re.match(r"gen_ppl and gen_ppl_2, two judges, order \d+ pairs of rows", lines[-1])
     written = json.loads(Path("out/mdlm/eval.json").read_text())
     assert {"command", "commit", "seed", "device", "torch", "date"} <= written["provenance"].keys()
@@ -525,9 +531,16 @@ def test_from_checkpoints_to_table_and_figure(run_folder, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_precision_of_sampling(run_folder, dtype):
+def test_precision_of_sampling(run_folder, monkeypatch, dtype):
+    seen = set()
+
+    def sample(net, *args, **options):
+        seen.add(net.output_layer.linear.weight.dtype)
+        return generator.sample(net, *args, **options)
+    monkeypatch.setattr(evaluate, "sample", sample)
     evaluate.main(SMALL + ["--dtype", dtype, "--models", "idlm", "--judge", "none"])
     assert {r["dtype"] for r in evaluate.read_records("out/mdlm/eval.json")} == {dtype}
+    assert seen == {getattr(torch, dtype)}
 
 
 def test_short_table(run_folder, capsys):
@@ -577,32 +590,33 @@ def test_other_text_may_have_been_trained_on(run_folder, capsys):
 
 
 def test_exact_match(tmp_path, monkeypatch):
-    """Answers to held-out prompts: a stand-in for the sampler that keeps the prompt, answers right
-    where half of the prompt is even, and pads with noise: the padding is ignored."""
+    """A stand-in for the sampler that keeps the held-out prompt and answers, by the number asked,
+    rightly with noise behind the end; rightly, but goes on; or wrongly. Only the first is right."""
     monkeypatch.chdir(tmp_path)
     lines = [f"{i}+{i}=\t{2 * i}\n" for i in range(100, 1000)]
     Path("sums.tsv").write_text("".join(lines))
     data = TextData("sums.tsv", "char", 16, cache="cache")
     save_network(Path("out/mdlm/idlm.pt"), tiny(data.K + 1), "mdlm", data, block_size=16)
+    answered = []
 
     def sample(net, process, n, length, steps, rng, *, temperature, order, prompt):
         x = torch.randint(data.K, (n, length), generator=rng)
         for row, start in zip(x, prompt):
             text = data.tokenizer.decode(start[start >= 0].tolist())
-            number = int(text.split("+")[0])
-            answer = 2 * number + number // 2 % 2
-            tokens = torch.tensor(data.tokenizer.encode(f"{text}{answer}"))
-            assert (start[len(text):] == -1).all() and text == f"{number}+{number}="
+            number = int(text[:3])
+            assert text == f"{number}+{number}=" and (start[len(text):] == -1).all()
+            kind = len(answered) % 3
+            ending = [f"{2 * number}\n", f"{2 * number}7", f"{2 * number + 1}\n"][kind]
+            tokens = torch.tensor(data.tokenizer.encode(text + ending))
             row[:len(tokens)] = tokens
+            answered.append(kind == 0)
         return Sample(x, torch.full((n,), steps))
     monkeypatch.setattr(evaluate, "sample", sample)
     evaluate.main(["--exact_match", "--judge", "none", "--order", "even", "--steps", "4",
-                   "--device", "cpu", "--num_texts", "18"])
+                   "--device", "cpu", "--num_texts", "17"])
     real, record = evaluate.read_records("out/mdlm/eval.json")
-    prompts = [prompt for prompt, _ in data.val_examples(36)[::2]]
-    right = sum(int(prompt[:3]) // 2 % 2 == 0 for prompt in prompts)
-    assert 0 < right < len(prompts) == 18 and "exact_match" not in real
-    assert (record["exact_match"], record["exact_match_ci"]) == evaluate.wilson(right, 18)
+    assert len(answered) == 17 and sum(answered) == 6 and "exact_match" not in real
+    assert (record["exact_match"], record["exact_match_ci"]) == measures.wilson(6, 17)
 
 
 # ---- records ------------------------------------------------------------------------------------
@@ -649,10 +663,10 @@ def test_judges_that_disagree():
     """a and b are ordered alike, c differs from both; a and c most of all."""
     rows = [{"model": m, "steps": 4, "gen_ppl": x, "gen_ppl_2": y}
             for m, x, y in (("a", 10.0, 20.0), ("b", 12.0, 22.0), ("c", 20.0, 10.0))]
-    assert evaluate.disagreement(rows, "gen_ppl_2") == (
+    assert measures.disagreement(rows, "gen_ppl_2") == (
         "gen_ppl and gen_ppl_2, two judges, order 2 pairs of rows differently, most of all a 4 and "
         "c 4")
-    assert not evaluate.disagreement(rows[:2], "gen_ppl_2")
+    assert measures.disagreement(rows[:2], "gen_ppl_2").endswith("alike")
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -677,14 +691,14 @@ def test_judges_that_disagree():
     (["--device", "cuda"], "--device cuda")])
 def test_bad_input(run_folder, monkeypatch, flags, sentence):
     monkeypatch.setitem(sys.modules, "transformers", None)     # as if it were not installed
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: True)
+    monkeypatch.setattr(measures, "find_spec", lambda name: True)
     with pytest.raises(BadInput, match=sentence) as error:
         evaluate.main(SMALL + ["--judge", "none"] + flags)
     assert "\n" not in str(error.value)
 
 
 def test_mauve_without_its_package(monkeypatch):
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: None)
+    monkeypatch.setattr(measures, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="--mauve needs a package: pip install -r requirements-eval"):
         evaluate.main(["--mauve"])
 
@@ -692,7 +706,7 @@ def test_mauve_without_its_package(monkeypatch):
 def test_controls_need_training_text(data):
     few = types.SimpleNamespace(examples=False, train=data.train[:1000], source="few.txt")
     with pytest.raises(BadInput, match="few.txt has too little of"):
-        evaluate.control_rows(None, few, None, 1)
+        measures.control_rows(None, few, None, 1)
 
 
 def test_ngram_is_for_characters(data):
@@ -736,7 +750,7 @@ def test_runs_are_averaged_over_seeds_and_settings_kept_apart(tmp_path):
     assert text.endswith("<!-- /table:laptop -->\nz\n") and "old" not in text
     assert "| mdlm | idlm | even | 4 | 4 | 2.5 ± 0.2 | 2.9 | 0.5 | 0 |" in text
     assert "| mdlm | idlm | even | 8 | 4 | 2.5 ± 0.1 |" in text and "1.23" not in text
-    assert "over 3 seeds; rows of one seed, ± half of the 95 % interval over texts; 64 texts" in text
+    assert "over 3 seeds; rows of one seed, ± half of the 95 % interval over texts; 64" in text
     assert filled(records, tmp_path, text) == text
 
 

@@ -206,7 +206,7 @@ def test_an_exact_teacher_writes_the_data(rng):
         for i in range(steps):
             t, s = torch.tensor([[1 - i / steps], [1 - (i + 1) / steps]], **f64)
             f = oracle.best_denoiser(UNIFORM, t, p, 2)
-            rows = UNIFORM.posterior(f, oracle.texts(K, 2), UNIFORM.alpha(t)[0],
+            rows = oracle.posterior(f, oracle.texts(K, 2), UNIFORM.alpha(t)[0],
                                      UNIFORM.alpha(s)[0])
             law = law @ step_matrix(rows)
         errors.append((law - p).abs().max())
@@ -223,13 +223,12 @@ def test_uniform_step_is_the_posterior(alpha_t, alpha_s):
     line = (torch.arange(n, **f64) + 0.5) / n
     u_kind, u_token = [u.flatten() for u in torch.meshgrid(line, line, indexing="ij")]
     logits = torch.tensor([0.3, -1.0, 1.4, -torch.inf], **f64)
-    process = Uniform(4)
     for z in range(4):
         x_t = torch.full((n * n,), z)
         x_s = uniform_step(logits.expand(n * n, 4), x_t, u_kind, u_token, alpha_t=alpha_t,
                            alpha_s=alpha_s, temperature=1.0, top_p=1.0, K=4)
         found = torch.bincount(x_s, minlength=4).double() / n ** 2
-        exact = process.posterior(logits.softmax(-1)[None], x_t[:1], alpha_t, alpha_s)[0]
+        exact = oracle.posterior(logits.softmax(-1)[None], x_t[:1], alpha_t, alpha_s)[0]
         assert (found - exact).abs().max() < 4 / n
 
 

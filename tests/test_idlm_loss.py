@@ -376,7 +376,7 @@ def test_no_noise_keeps_the_token():
 @pytest.mark.parametrize("length", [1, 2])
 def test_G_starts_as_the_posterior(length, rng):
     """If the network's row is the law of token l given the other noised tokens, G is the law given
-    all of them; and the sampler's step from the network's row (Uniform.posterior) is the mean over
+    all of them; and the sampler's step from the network's row (oracle.posterior) is the mean over
     u ~ G of the step for the clean token u. All texts of 3 tokens."""
     process = Uniform(3)
     t = torch.tensor([0.6], dtype=torch.float64)
@@ -391,9 +391,9 @@ def test_G_starts_as_the_posterior(length, rng):
         given_all = given_all / given_all.sum(-1, keepdim=True)
         G = weigh_token(f[:, l].log(), texts[:, l], token_bonus(process.sigma(t), 3)).softmax(-1)
         assert_same([G], [given_all])
-        step = process.posterior(f[:, l], texts[:, l], alpha_t, alpha_s)
+        step = oracle.posterior(f[:, l], texts[:, l], alpha_t, alpha_s)
         one_hot = torch.eye(3, dtype=torch.float64).expand(len(texts), 3, 3)
-        each = process.posterior(one_hot, texts[:, l, None].expand(-1, 3), alpha_t, alpha_s)
+        each = oracle.posterior(one_hot, texts[:, l, None].expand(-1, 3), alpha_t, alpha_s)
         assert_same([step], [(G[:, None] @ each)[:, 0]])
 
 

@@ -39,7 +39,8 @@ def commands():
 def test_links_lead_somewhere(page):
     """To files of the repository, and to headings as GitHub names them."""
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)", text) + re.findall(r'src="([^"]*)()"', text)
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)", text)
+    links += re.findall(r'src="([^"]*)()"', text)
     for target, heading in links:
         if "://" in target or target.startswith("mailto:"):
             continue

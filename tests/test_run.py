@@ -1,4 +1,4 @@
-"""A run and its folder: what is kept, refused or gone on with; kills, two writers, several processes.
+"""A run and its folder: what is kept, refused or gone on with; kills; several processes.
 
     python -m pytest tests/test_run.py
 
@@ -84,7 +84,7 @@ def test_a_finished_stage_is_kept(stage, flags, runs, capsys):
 @pytest.mark.parametrize("resume", ["", " --resume"])
 @pytest.mark.parametrize("flags, name, begun, value", [
     ("--stage teacher --data other.txt", "data", "text.txt", "other.txt"),
-    ("--stage teacher --data text.txt", "data", "text.txt", ""),         # edited in place, see below
+    ("--stage teacher --data text.txt", "data", "text.txt", ""),         # edited in place
     ("--stage teacher --block_size 8", "block_size", 16, 8),
     ("--stage teacher --size 2x2x16", "size", "1x2x16", "2x2x16"),
     ("--stage teacher --dropout 0.2", "dropout", 0.1, 0.2),
@@ -424,10 +424,10 @@ def test_log(trained):
 def test_two_writers_and_kill_9(tiny, start):
     """The second run in a folder gets one sentence. Killed three times without warning, the first
     one ends with the bits of a run without a kill: the lock opens with its process."""
-    flags = "--stage teacher --updates 24 --micro_batch 8"
+    flags = "--stage teacher --updates 40 --micro_batch 8"
     child = start("train", flags)
     for step in (6, 12, 18):
-        child.wait_for(f"teacher {step}/24")
+        child.wait_for(f"teacher {step}/40")
         if step == 6:
             refused(lambda: run_train(flags), "another process is writing to out/mdlm", "--out")
             second = start("train", flags + " --resume").wait()

@@ -94,9 +94,13 @@ def test_more_samples_than_a_batch_holds(capsys, monkeypatch):
     """Memory is that of a batch, whatever --num_samples; all texts differ."""
     sizes = []
     inner = sample.sample
+
+    def spy(net, process, num_texts, *args, **settings):
+        sizes.append(num_texts)
+        return inner(net, process, num_texts, *args, **settings)
+
     monkeypatch.setattr(sample, "BATCH", 4)
-    monkeypatch.setattr(sample, "sample", lambda net, process, num_texts, *args, **settings:
-                        sizes.append(num_texts) or inner(net, process, num_texts, *args, **settings))
+    monkeypatch.setattr(sample, "sample", spy)
     _, texts = write(capsys, "--num_samples", "10", "--steps", "3")
     assert sizes == [4, 4, 2] and len(texts) == len(set(texts)) == 10
 

@@ -134,7 +134,7 @@ def test_posterior_is_bayes_rule(rng):
             x_t = torch.full((len(rows),), z)
             bayes = (rows @ kernel(alpha_s)) * kernel(alpha_t / alpha_s)[:, z]
             bayes = bayes / bayes.sum(-1, keepdim=True)
-            found = UNIFORM.posterior(rows, x_t, alpha_t, alpha_s)
+            found = oracle.posterior(rows, x_t, alpha_t, alpha_s)
             assert torch.allclose(found, bayes, rtol=0, atol=1e-12)
 
 

@@ -2,7 +2,7 @@
 
     L(f*, p) - min_f L(f, p) = KL(p || p*) - KL of the two laws noised to t = 1
 
-for 1, 2 and 3 tokens, masked and uniform, in float64: `toy.exact_gap` against the KLs and against
+for 1, 2 and 3 tokens, masked and uniform, in float64: `exact_gap` against the KLs and against
 the dense NELBO of tests/oracle.py. Then the losses of idlm_loss.py, whose exact expectation over all
 noises and draws is that gap.
 
@@ -16,7 +16,7 @@ import oracle
 from idlm_loss import (masked_fake_loss, masked_generator_loss, uniform_fake_loss, uniform_gap,
                        uniform_generator_loss)
 from teacher import Masked, Uniform, mdlm_loss
-from toy import exact_gap
+from experiments.theorem import exact_gap
 
 SIZES = [(2, 1), (3, 1), (2, 2), (3, 2), (2, 3), (3, 3)]   # K tokens, L positions
 TIMES = oracle.nodes(6)                                    # exact for the masked process

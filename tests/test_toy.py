@@ -14,6 +14,7 @@ import torch
 
 import toy
 from conftest import ROOT, law_score
+from experiments import theorem
 from generator import sample
 from toy import K, PROCESSES, eight_modes, kl, law, scores
 
@@ -110,8 +111,8 @@ def test_law_averages_over_the_latent(rng):
 # ---- theorem and training -----------------------------------------------------------------------
 
 def test_theorem_descends_to_the_data_and_collapses_without_the_fake(monkeypatch, capsys):
-    monkeypatch.setattr(toy, "PROCESSES", {"uniform": PROCESSES["uniform"]})
-    toy.theorem(updates=40)
+    monkeypatch.setattr(theorem, "PROCESSES", {"uniform": PROCESSES["uniform"]})
+    theorem.theorem(updates=40)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 6
     for words in lines:

@@ -177,9 +177,9 @@ def test_nothing_is_drawn_twice():
 
 
 def test_times_are_stratified_and_paired():
-    """Of B texts one t lies in each of B slices. matched: t_tilde in the slice of t; independent: in
-    any, again one a slice. A shuffle leaves about Poisson(2) of 64 next to their place: 16 or more
-    have odds 2e-10."""
+    """Of B texts one t lies in each of B slices. matched: t_tilde in the slice of t; independent:
+    in any, again one a slice. A shuffle leaves about Poisson(2) of 64 next to their place: 16 or
+    more have odds 2e-10."""
     def slices(t):
         return ((t - EPS) / (1 - EPS) * 64 + 1e-5).floor()
 
@@ -243,9 +243,12 @@ def test_what_the_losses_get(flags, kind, runs, monkeypatch):
     positions it leaves."""
     drawn = []
     inner = train.draw_latent
-    monkeypatch.setattr(train, "draw_latent", lambda process, x_0, t_tilde, rng, soft, free:
-                        drawn.append((t_tilde, soft)) or inner(process, x_0, t_tilde, rng, soft=soft,
-                                                               free=free))
+
+    def latent(process, x_0, t_tilde, rng, soft, free):
+        drawn.append((t_tilde, soft))
+        return inner(process, x_0, t_tilde, rng, soft=soft, free=free)
+
+    monkeypatch.setattr(train, "draw_latent", latent)
     times, noises = [], []
     draw = train.draw_batch
     monkeypatch.setattr(train, "draw_batch", lambda *args: times.append(draw(*args)) or times[-1])
@@ -309,7 +312,8 @@ def test_dcd_rounds(runs, monkeypatch):
         assert torch.equal(embedding, averages[step // 2 * 2])
 
 
-@pytest.mark.parametrize("flags", ["--stage teacher", "--stage idlm --init_from out/mdlm/teacher.pt"])
+@pytest.mark.parametrize("flags", ["--stage teacher",
+                                   "--stage idlm --init_from out/mdlm/teacher.pt"])
 def test_equal_seeds_give_equal_weights(flags, runs):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.rand(7)                       # whatever was drawn before does not matter
@@ -392,8 +396,8 @@ def test_all_stages_by_one_command(tiny, monkeypatch, capsys):
 
 @pytest.mark.parametrize("compiles", [False, True])
 def test_no_compile_is_one_switch(compiles, tiny, monkeypatch):
-    """--no-compile: nothing is compiled in any stage, and the table is asked not to, either. Without
-    it the trunk's blocks are."""
+    """--no-compile: nothing is compiled in any stage, and the table is asked not to, either.
+    Without it the trunk's blocks are."""
     calls, tables = [], []
 
     def compile_or_fail(function=None, **options):

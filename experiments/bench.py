@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Time and memory of training and sampling, beside the authors' code and an autoregressive rival.
+"""Time and memory of training and sampling, beside the authors' code.
 
-    python bench.py --all       train, sample, rival; on an H200 at the paper's shape 2 to 6
-                                minutes, as the compiler's cache is warm or cold
-    python bench.py train       an update of train.py's `distil`: masked, hard, soft
-    python bench.py sample      texts of a generator: 16 steps masked, 4 steps uniform
-    python bench.py rival       texts of a causal model of the same size, with a KV cache
-    python bench.py scaling     updates over lengths and batch sizes
+    python experiments/bench.py --all       train and sample, 5 minutes at the paper's shape
+    python experiments/bench.py train       an update of train.py's `distil`: masked, hard, soft
+    python experiments/bench.py sample      texts of a generator: 16 steps masked, 4 steps uniform
+    python experiments/bench.py scaling     updates over lengths and batch sizes
 
 Other flags are train.py's and go to every case: --batch_size, --block_size, --size, --device,
 --no-compile. Networks are new and texts random. On a CPU the default sizes are a toy's.
@@ -18,31 +16,35 @@ compare ms_per_pass, too.
 """
 import argparse
 import gc
+import sys
 import time
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
-import torch
-from torch._dynamo.utils import counters
-from torch.utils.flop_counter import FlopCounterMode
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import rows
-import train
-from checkpoint import Parser, prepare, provenance, run_script
-from data import BadInput
-from evaluate import append_records, read_records
-from generator import sample
-from model import DiT, ModelConfig
-from run import Run, Trainee
-from teacher import Masked, Uniform
+import torch                                                         # noqa: E402
+from torch._dynamo.utils import counters                             # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode                 # noqa: E402
+
+import rows                                                          # noqa: E402
+import train                                                         # noqa: E402
+from checkpoint import Parser, prepare, provenance, run_script       # noqa: E402
+from data import BadInput                                            # noqa: E402
+from evaluate import append_records, read_records                    # noqa: E402
+from generator import sample                                         # noqa: E402
+from model import DiT, ModelConfig                                   # noqa: E402
+from run import Run, Trainee                                         # noqa: E402
+from teacher import Masked, Uniform                                  # noqa: E402
 
 GPU = torch.cuda.is_available()
 K = 50_257 if GPU else 1_000    # tokens
 STEPS = {"mdlm": 16, "duo": 4}  # of the sampler
 WARMUP, ITERS = (5, 20) if GPU else (1, 2)  # rounds; those of the warm-up may compile
 PEAK = {"H100": 989e12, "H200": 989e12}     # dense bfloat16 FLOP/s; another device shows no mfu
-AUTHORS = Path(__file__).parent / "results/authors_h200.json"
+AUTHORS = ROOT / "results/authors_h200.json"
 SIZES = "--preset owt --batch_size 8"
 if not GPU:
     SIZES = "--preset owt --batch_size 2 --block_size 32 --size 2x4x64 --no-compile"
@@ -51,7 +53,6 @@ CASES = [("train", "mdlm", "--process mdlm"),
          ("train", "soft", "--process duo --update soft")]
 CASES += [("sample", f"{process} {steps}", f"--process {process} --batch_size {B}")
           for process, steps in STEPS.items() for B in (8, 32)]
-CASES += [("rival", "ar", f"--batch_size {B}") for B in (1, 8, 32)]
 CASES += [("scaling", "mdlm", f"--block_size {L}") for L in (256, 512, 1024, 2048)]
 CASES += [("scaling", "mdlm", f"--batch_size {B}") for B in (2, 4, 16)]
 
@@ -115,57 +116,6 @@ def sampling(s, process):
     return write
 
 
-def rival(s, process):
-    """In bfloat16 on a GPU: a pass costs what reading the weights costs."""
-    net = network(s, K, causal=True).eval()
-    net.to(torch.bfloat16 if s.dtype == "bfloat16" else torch.float32)
-    B, L = s.batch_size, s.block_size
-    tokens = torch.zeros(B, L + 1, dtype=torch.int64, device=s.device)
-    return cached_writer(net, tokens, torch.rand(L, B, device=s.device))
-
-
-@torch.no_grad()
-def cached_writer(net, tokens, u):
-    """A function that continues tokens (B, L + 1) from column 0, one a pass. u (L, B): the draws.
-    The cache is of full length, so all passes are one; on CUDA that one is a CUDA graph."""
-    L, B = u.shape
-    position = tokens.new_zeros(1)
-    shape = B, net.config.num_heads, L, net.config.width // net.config.num_heads
-
-    def remember(keys, values, k, v):       # (B, H, L, d) x2, (B, H, 1, d) x2
-        keys[:, :, position] = k
-        values[:, :, position] = v
-        return keys, values, (torch.arange(L, device=k.device) <= position)[None]
-
-    for block in net.blocks:                # the network's own pass, over one token
-        cache = [net.vocab_embed.embedding.new_zeros(shape) for _ in range(2)]
-        block.forward = partial(block.forward, cache=partial(remember, *cache))
-    net.rotary_emb.forward = partial(net.rotary_emb.forward, start=position)
-
-    def write_one():
-        h = net.hidden(tokens[:, position], u.new_zeros(B))[:, 0]
-        logits = net.output_layer.linear(h)                # `project` would copy it to align it
-        tokens[:, position + 1] = rows.sample_categorical(logits, u[position][0])[:, None]
-        position.add_(1)
-
-    one = torch.compile(write_one) if rows.COMPILE else write_one
-    if net.device.type == "cuda":
-        for _ in range(3):                  # compiles, and warms up what a graph needs
-            one()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):       # records, runs nothing
-            one()
-        one = graph.replay
-
-    @torch.no_grad()
-    def write():
-        position.zero_()
-        for _ in range(L):
-            one()
-
-    return write
-
-
 # ---- the clock ----------------------------------------------------------------------------------
 
 def measure(one_round, iters, cuda):
@@ -203,11 +153,11 @@ def run_case(mode, label, flags):
     s = train.settings_of(train.parse_args([*SIZES.split(), *flags]), "idlm")
     s.micro_batch, s.num_micro = s.batch_size, 1
     process = Masked(K + 1) if s.process == "mdlm" else Uniform(K)
-    build = {"sample": sampling, "rival": rival}.get(mode, training)
+    build = sampling if mode == "sample" else training
     where = provenance(s.seed, s.device)
     peak = max(rate * (chip in where["device"]) for chip, rate in PEAK.items())
     rows.COMPILE = False
-    flops = count_flops(build, s, process) if peak and mode != "rival" else 0
+    flops = count_flops(build, s, process) if peak else 0
     rows.COMPILE = s.compile
     torch._dynamo.reset()
     cuda = s.device.type == "cuda"
@@ -215,8 +165,7 @@ def run_case(mode, label, flags):
         gc.collect()                        # the networks so far
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    iters = min(ITERS, 5) if mode == "rival" else ITERS    # a second each
-    times, again = measure(build(s, process), iters, cuda)
+    times, again = measure(build(s, process), ITERS, cuda)
     ms, tenths = median(times), quantiles(times, n=10, method="inclusive")
     record = {"name": f"{mode} {label} B{s.batch_size}", "L": s.block_size, "size": s.size,
               "median_ms": round(ms, 3), "p10_ms": round(tenths[0], 3),
@@ -245,7 +194,7 @@ def main(argv=None):
     args, rest = p.parse_known_args(argv)
     wanted, *rest = rest or ["--all"]
     if wanted not in ("--all", *(mode for mode, _, _ in CASES)):
-        raise BadInput(f"{wanted} is no case: begin with --all, train, sample, rival or scaling")
+        raise BadInput(f"{wanted} is no case: begin with --all, train, sample or scaling")
     if args.records.exists():
         read_records(args.records)          # a wrong file: before anything is measured
     again = []
