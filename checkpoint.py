@@ -41,6 +41,8 @@ KINDS = {"process": str, "stage": str, "causal": bool, "block_size": int, "step"
 
 # ---- how a script ends --------------------------------------------------------------------------
 
+last_line = [""]                            # stage and step of training, for Ctrl-C
+
 def run_script(main):
     """main(), ended by one sentence on what the user or the operating system got wrong."""
     for stream in sys.stdout, sys.stderr:                # terminals that are not UTF-8
@@ -53,8 +55,8 @@ def run_script(main):
     except BadInput as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped by Ctrl-C; what was saved before stays, and train.py goes on "
-                 "from there with --resume")
+        sys.exit(f"{name}: stopped by Ctrl-C{last_line[0]}; what was saved before stays, and "
+                 "train.py goes on from there with --resume")
     except BrokenPipeError:                              # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(name != "sample.py")                    # other work has not been finished

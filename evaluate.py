@@ -396,6 +396,7 @@ def read_records(path):
 
 
 def append_records(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         earlier = read_records(path) if path.exists() else []
         checkpoint.write_json(path, earlier + records)

@@ -282,6 +282,7 @@ class Run:
               f"{s.batch_size * s.block_size / ms:.1f}k tok/s | "
               f"eta {(s.updates - step) * ms / 60e3:.1f}m")
         self.log(step, {"ms": ms} | means)
+        checkpoint.last_line[0] = f" after {s.stage} {step}/{s.updates}"
         self.seen = []
 
     def log(self, step, values):

@@ -29,6 +29,7 @@ from torch import nn
 
 import checkpoint
 import idlm_loss as losses
+from evaluate import append_records
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform, duo_loss, mdlm_loss, stratified_times
 
@@ -237,7 +238,6 @@ def draw_picture(results, path):
             axis.set_title("" if row == 1 else title)
             axis.set_xlabel(label)
         axes[row, 0].set_ylabel([*results, ""][row])
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -259,7 +259,7 @@ def main():
         print("{process:8}{model:13}{passes:3} passes  valid {validity:.4f}  js {js:.4f}  "
               "seed {seed}".format(**record))
     provenance = checkpoint.provenance(args.seeds[0], "cpu")
-    checkpoint.write_json(args.records, {"provenance": provenance, "records": records})
+    append_records(args.records, [provenance | record for record in records])
     draw_picture(dict(zip(PROCESSES, results)), args.picture)
     print(f"wrote {args.picture} and {args.records}")
 

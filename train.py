@@ -259,7 +259,7 @@ def main(argv=None):
     if s.rank == 0:
         if not args.stage:
             import evaluate                 # which trains its judge with this file
-            evaluate.short_table(s.out, s.process, s.device, s.seed, s.no_compile)
+            evaluate.short_table(s.out, s.process, s.device, s.seed, s.no_compile, s.cache)
         script = "evaluate.py" if args.stage == "judge" else "sample.py --steps 16"
         model = "" if args.stage in (None, "idlm", "judge") else f" --model {args.stage}"
         print(f"{(time.time() - began) / 60:.1f} minutes in all. Next: python {script} --process "

@@ -167,7 +167,7 @@ def run_case(mode, label, flags):
         torch.cuda.reset_peak_memory_stats()
     times, again = measure(build(s, process), ITERS, cuda)
     ms, tenths = median(times), quantiles(times, n=10, method="inclusive")
-    record = {"name": f"{mode} {label} B{s.batch_size}", "L": s.block_size, "size": s.size,
+    record = {"name": f"{mode} {label} B{s.batch_size}", "code": "ours", "L": s.block_size, "size": s.size,
               "median_ms": round(ms, 3), "p10_ms": round(tenths[0], 3),
               "p90_ms": round(tenths[-1], 3), "recompilations": again,
               "tokens_per_s": round(1e3 * s.batch_size * s.block_size / ms)}

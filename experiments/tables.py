@@ -50,15 +50,25 @@ def is_masked(record):
     return record["process"] == "mdlm"
 
 
+def has_rival(record):                      # the authors' times that stand beside one of ours
+    return record["name"] not in ("sample mdlm 8 B8", "sample mdlm 32 B8", "sample duo 8 B8",
+                                  "sample duo 16 B8")
+
+
 TABLES = {
-    "laptop": Table(MODEL, "passes bits_per_char entropy distinct4 repetition known_words",
+    "laptop": Table("model order steps", "bits_per_char entropy distinct4 repetition known_words",
                     at_temperature_1),
-    "laptop_uniform": Table(MODEL, "passes bits_per_char entropy distinct4 repetition known_words",
+    "laptop_uniform": Table("model ending steps",
+                            "bits_per_char entropy distinct4 repetition known_words",
                             at_temperature_1),
+    "hard_and_soft": Table("model update lr fake_lr ending steps",
+                           "bits_per_char entropy distinct4 repetition overlap known_words",
+                           at_temperature_1),
     "novels": Table(MODEL, f"{QUALITY} gen_ppl_2 gm", at_temperature_1),
     "novels_sweep": Table(f"{MODEL} temperature", f"{QUALITY} gen_ppl_matched", is_masked,
                           file="novels"),
-    "bench_h200": Table("name", "median_ms authors_ms peak_gib authors_gib tokens_per_s"),
+    "speed": Table("name code", "passes median_ms ms_per_pass peak_gib", has_rival,
+                   file="bench_h200 authors_h200"),
     "bench_cpu": Table("name", "median_ms peak_gib tokens_per_s"),
 }
 
@@ -141,7 +151,8 @@ def caption(table, name, groups):
         if values:
             shown = " or ".join(values)
             parts.append(f"{shown} {words}" if key == "n_texts" else f"{words} {shown}")
-    return f"`results/{table.file or name}.json`: {'; '.join(parts)}."
+    files = " and ".join(f"`results/{file}.json`" for file in (table.file or name).split())
+    return f"{files}: {'; '.join(parts)}."
 
 
 def fill(text, page, results):
@@ -151,11 +162,14 @@ def fill(text, page, results):
         if name not in TABLES:
             raise BadInput(f"{page} has a table {name!r}, which experiments/tables.py has no entry "
                            f"for: there are {', '.join(TABLES)}")
-        path = Path(results, (TABLES[name].file or name) + ".json")
-        if not path.exists():
-            raise BadInput(f"{page} has a table {name!r} and there is no {path}: run the script of "
-                           "experiments/ that writes it")
-        return begin + table_of(name, TABLES[name], read_records(path)) + end
+        records = []
+        for file in (TABLES[name].file or name).split():
+            path = Path(results, file + ".json")
+            if not path.exists():
+                raise BadInput(f"{page} has a table {name!r} and there is no {path}: run the script "
+                               "of experiments/ that writes it")
+            records += read_records(path)
+        return begin + table_of(name, TABLES[name], records) + end
 
     blocks = BLOCK.findall(text)
     if 2 * len(blocks) != len(MARK.findall(text)):

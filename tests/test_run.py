@@ -450,7 +450,7 @@ def test_ctrl_c(tiny, start):
     status, printed = child.send(signal.SIGINT)
     assert status == 1 and "Traceback" not in printed
     last = printed.splitlines()[-1]
-    assert last.startswith("train.py: stopped by Ctrl-C") and "--resume" in last
+    assert last.startswith("train.py: stopped by Ctrl-C after teacher ") and "--resume" in last
     step = load("mdlm/teacher.pt")["step"]
     run_train(f"--stage teacher --updates {step + 1} --micro_batch 8 --resume")
 

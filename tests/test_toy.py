@@ -162,7 +162,7 @@ def test_command_writes_picture_and_records_under_out(tmp_path, monkeypatch, cap
     written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert written == {"toy.png", "toy.json"}
     assert (tmp_path / "out/toy/toy.png").stat().st_size > 20_000
-    records = json.loads((tmp_path / "out/toy/toy.json").read_text())["records"]
+    records = json.loads((tmp_path / "out/toy/toy.json").read_text())
     models = [(r["seed"], r["process"], r["model"], r["passes"]) for r in records]
     assert models[:4] == [(0, "masked", "teacher", 1), (0, "masked", "teacher", 4),
                           (0, "masked", "teacher", 50), (0, "masked", "IDLM", 1)]
