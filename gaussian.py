@@ -82,6 +82,9 @@ class GaussianClock:
         std = torch.sigmoid(gamma).sqrt()
         return scale.to(t), std.to(t), alpha_t.to(t), (slope * span).to(t)
 
+    def sigma(self, t):                                    # of argmax(w): -log alpha_t
+        return -self(t)[2].log()
+
     def soft_corrupt(self, x_0, t, rng, free=None, tau=1e-3, k=24):
         """softmax(w / tau) of tokens x_0 (B, L) at t (B,), as its k largest entries.
 
@@ -145,17 +148,17 @@ def on_device(rng, device):
     return torch.Generator(device).manual_seed(seed.item())
 
 
-def random_places(n, k, shape, rng, extra=8):              # -> (*shape, k) int64
+def random_places(n, k, shape, rng):                       # -> (*shape, k) int64
     """k different numbers below n, in random order, without a wait for the device.
 
-    Of many numbers k + extra are drawn and repetitions left out; more than `extra` of them come
-    once in 10^12 rows.
+    Of many numbers k + 8 are drawn and repetitions left out; more than 8 of them come once in
+    10^12 rows.
     """
     device = rng.device
     if n <= 1024:
         return torch.rand(*shape, n, generator=rng, device=device).argsort(-1)[..., :k]
-    draws = torch.randint(n, (*shape, k + extra), generator=rng, device=device)
+    draws = torch.randint(n, (*shape, k + 8), generator=rng, device=device)
     place, order = draws.sort(dim=-1, stable=True)
     is_repeated = F.pad(place.diff(dim=-1) == 0, (1, 0))
-    order = order + is_repeated * (k + extra)              # repetitions last
+    order = order + is_repeated * (k + 8)                  # repetitions last
     return place.gather(-1, order.argsort(-1))[..., :k]

@@ -3,10 +3,10 @@
 
     p_theta(x) = E_eps prod_i Cat(x_i; G_i(eps))                            IDLM, arXiv 2602.19066
 
-eps = (x_tilde, sigma) is real text noised to a random level t_tilde: what the generator reads at
-every step of sampling. Tokens are independent only given eps, so the mixture carries dependencies
-that one factorised pass cannot. From an all-[MASK] text there is one eps and one component: the
-first pass of the masked process draws its tokens independently of each other.
+eps = (x_tilde, sigma). In training x_tilde is real text noised to a random level t_tilde; in
+sampling it is the text so far, so one trained pass serves every step. Tokens are independent only
+given eps, so the mixture carries dependencies that one factorised pass cannot. An all-[MASK] text
+holds nothing random: the first pass of the masked process draws its tokens independently.
 
 Sampling counts t down from 1 to 0. N steps are at most N network passes, and the generator takes
 the teacher's place in the teacher's own sampler.
@@ -39,7 +39,7 @@ def draw_latent(process, x_0, t_tilde, rng, soft=False, free=None):
     """
     if soft:
         x, _ = process.gaussian.soft_corrupt(x_0, t_tilde, rng, free)
-        return Latent(x, -process.gaussian(t_tilde)[2].log())
+        return Latent(x, process.gaussian.sigma(t_tilde))
     return Latent(process.corrupt(x_0, t_tilde, rng, free), process.sigma(t_tilde))
 
 
@@ -197,9 +197,10 @@ def uniform_step(logits, z, u_kind, u_token, alpha_t, alpha_s, temperature, top_
 
     logits (N, K), z and the two uniform draws (N,) -> (N,).
 
-    Up to the factor K alpha_t f_z + 1 - alpha_t the posterior puts K alpha_t f_z + alpha_ts -
-    alpha_t on staying at z, spreads alpha_s - alpha_t as f and (1 - alpha_ts)(1 - alpha_s) evenly:
-    choose the part, then draw in it, and the posterior itself is never formed.
+    f is the network's row, alpha_ts = alpha_t / alpha_s. Times K alpha_t f_z + 1 - alpha_t, the
+    posterior puts K alpha_t f_z + alpha_ts - alpha_t on staying at z, spreads alpha_s - alpha_t as
+    f and (1 - alpha_ts)(1 - alpha_s) evenly: choose the part, then draw in it, and the posterior
+    itself is never formed.
     """
     logits = warp(logits, temperature, top_p)
     f_z = (logits.gather(1, z[:, None])[:, 0] - logits.logsumexp(-1)).exp()

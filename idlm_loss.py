@@ -1,29 +1,33 @@
 # SPDX-License-Identifier: MIT
 """Inverse distillation: the losses that turn a diffusion teacher into a few-step generator.
 
-    L_IDLM(theta) = L(f*, p_theta) - min_f L(f, p_theta)                  IDLM, arXiv 2602.19066
+    L_IDLM(theta) = NELBO(f*, p_theta) - min_f NELBO(f, p_theta)          IDLM, arXiv 2602.19066
 
-L is the teacher's own training loss, a bound on -log p (NELBO). f* is the frozen teacher. The inner
-minimum is held by `fake`, a diffusion model trained on the generator's outputs. Two steps alternate:
+The NELBO is the teacher's own training loss, a bound on -log p. f* is the frozen teacher. `fake`, a
+diffusion model f trained on the generator's outputs, holds the inner minimum. Two steps alternate:
 
     fake step        NELBO(fake) on G                    gradient to the fake alone
     generator step   NELBO(f*) - NELBO(fake) on G        gradient to the generator alone
 
-Every loss below reads in the paper's order: rows G = generator(eps) on the simplex; noise *G* to a
-time t, x_t ~ q(. | G); show x_t to fake f and teacher f*; compare. In exact arithmetic the loss is
-KL(p_theta || p*) less the KL of the two laws noised to t = 1, so it is 0 only at p_theta = p*.
+Every loss below reads in the paper's order: rows G = generator(eps) on the simplex; draw tokens from
+G and noise them to a time t, x_t ~ q(. | G); show x_t to fake f and teacher f*; compare. In exact
+arithmetic the loss is KL(p_theta || p*) less the KL of both laws noised to t = 1, where p* is the
+law of f*: it is 0 only at p_theta = p*.
 
     masked    MDLM's process
-    uniform   UDLM's and Duo's, exact noising law (`hard`)
-    soft      Duo's, Gaussian state of G, as published
+    uniform   UDLM's and Duo's process, exact noising law: `hard` in train.py
+    soft      Duo's process, Gaussian state of G, as published
 
-B texts, L positions, D width, K tokens that a text may hold ([MASK] is none of them; where there is
-one it is token K). t = 0 is clean, t = 1 noise. eps is the tuple of the generator's inputs: eps[0]
-the noised tokens x_tilde (B, L), eps[1] their sigma (B,). Networks have `hidden` and `project`
-(rows.py). Losses are nats per token, means over the free positions: free (B, L) bool, None for all.
-tests/test_idlm_loss.py holds every loss to its dense formula.
+B texts, L positions, D width, K the size of the vocabulary without [MASK], which is token K. t = 0
+is clean, t = 1 noise. eps is the tuple of the generator's inputs: eps[0] the noised tokens x_tilde
+(B, L), eps[1] their sigma (B,). A network has a trunk `hidden`, which moves its inputs to its own
+device, and a head `project` (rows.py); eps, noise and rng are on the CPU. Losses are nats per token,
+means over the free positions: free (B, L) bool, None for all. tests/test_idlm_loss.py holds every
+loss to its dense formula.
 
-To reuse: copy this file and rows.py (torch only). `python idlm_loss.py` takes one step of each kind.
+To reuse: copy this file and rows.py (torch only). `python idlm_loss.py` takes one fake and one
+generator step of the masked process. `soft` also needs gaussian.py and a network that reads soft
+inputs (model.py).
 """
 import copy
 
@@ -45,13 +49,13 @@ def soft_cross_entropy(logits_f, logits_g, weight):        # -> (N,): -weight <G
     return weight[:, 0] * (logits_f.logsumexp(-1) - (G * logits_f).sum(-1))
 
 
-def masked_gap(logits_g, logits_f, logits_t, weight):      # -> (N,): weight <G, log f - log f*>
-    # Rows of logits are their logsumexp above log f. It is taken out of the sum over tokens, so
-    # that the backward pass needs no second sum.
+def masked_gap(logits_g, logits_f, logits_star, weight):      # -> (N,): weight <G, log f - log f*>
+    # log f = logits - logsumexp. As G sums to 1, both logsumexp stand outside of the sum: one sum
+    # less in the backward pass.
     logits_f = upcast(logits_f)
-    logits_t = upcast(logits_t)
+    logits_star = upcast(logits_star)
     G = upcast(logits_g).softmax(-1)
-    gap = (G * (logits_f - logits_t)).sum(-1) - logits_f.logsumexp(-1) + logits_t.logsumexp(-1)
+    gap = (G * (logits_f - logits_star)).sum(-1) - logits_f.logsumexp(-1) + logits_star.logsumexp(-1)
     return weight[:, 0] * gap
 
 
@@ -83,21 +87,21 @@ def masked_fake_loss(
         x_t = noise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng)
     h_f = fake.hidden(x_t, sigma)
     # Where x_tilde was masked the target is G's row, where it was visible, that token.
-    soft = per_row(
+    at_masked = per_row(
         soft_cross_entropy, mask_id,
         nets=(fake, frozen(generator)),
         hidden=(h_f, h_g),
         args=(weight,),
         where=is_masked & was_masked,
     )
-    hard = per_row(
+    at_visible = per_row(
         weighted_cross_entropy, mask_id,
         nets=(fake,),
         hidden=(h_f,),
         args=(x_tilde, weight),
         where=is_masked & ~was_masked,
     )
-    return mean_over(free, torch.cat([soft, hard]), x_tilde)
+    return mean_over(free, torch.cat([at_masked, at_visible]), x_tilde)
 
 
 def masked_generator_loss(
@@ -106,9 +110,9 @@ def masked_generator_loss(
 ):
     """The gap NELBO(f*) - NELBO(f) on G: the outer minimisation. Arguments as for the fake.
 
-    Where x_tilde is visible its terms have no gradient and are left out, so the value is the share
-    of the gap that the generator can change. The gradient in G's logits is
-    -weight * G * (a - <G, a>) with a = log f* - log f; none runs through x_t, teacher or fake.
+    Where x_tilde is visible the terms have no gradient and are left out of the value. x_t is a draw:
+    the part of the gradient that runs through its law is dropped, as in the released code. What is left is,
+    in G's logits, -weight * G * (d - <G, d>) with d = log f* - log f; none to teacher or fake.
     """
     x_tilde = eps[0]
     was_masked = x_tilde == mask_id
@@ -116,11 +120,11 @@ def masked_generator_loss(
     with torch.no_grad():
         x_t = noise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng)
         h_f = fake.hidden(x_t, sigma)
-        h_t = teacher.hidden(x_t, sigma)
+        h_star = teacher.hidden(x_t, sigma)
     gap = per_row(
         masked_gap, mask_id,
         nets=(generator, frozen(fake), frozen(teacher)),
-        hidden=(h_g, h_f, h_t),
+        hidden=(h_g, h_f, h_star),
         args=(weight,),
         where=is_masked & was_masked,
     )
@@ -128,11 +132,11 @@ def masked_generator_loss(
 
 
 # ---- uniform process (UDLM, Duo) ----------------------------------------------------------------
-# A network's row f is the law of token l given the *other* noised tokens. G is the law given all of
-# them: with x_tilde's own token v at level a~,
+# The minimiser of this process' NELBO predicts a token from the *other* noised tokens: so does a
+# network's row f. G also uses the position's own token v, noised at level a~, by Bayes' rule:
 #     G_u  ~  f_u q(v | u)  ~  f_u (1 + [u = v] K a~ / (1 - a~)).
-# This is the one definition of G: sampling makes the same of f. Only `soft`, as
-# published, takes the row itself: its bonus is 0.
+# In logits that is a bonus for v. The sampler applies the same factor, so this is the one definition
+# of G. Only `soft`, as published, takes the row itself: its bonus is 0.
 
 def token_bonus(sigma, K):                                 # (B,) -> (B,)
     """log(1 + K a / (1 - a)) with a = exp(-sigma): what a row's own token gains in logits."""
@@ -170,20 +174,20 @@ def uniform_nelbo(logits_f, logits_g, z, a, dalpha, token, bonus, K):      # -> 
     return nelbo[:, 0]
 
 
-def uniform_gap(logits_g, logits_f, logits_t, z, a, dalpha, token, bonus, K):      # -> (N,)
-    """NELBO(f*) - NELBO(f) at z for the target G, tbar for the teacher; what depends on G alone has
-    cancelled:
-        c [ sum_v Gbar_v / Gbar_z log(fbar_v tbar_z / (fbar_z tbar_v)) + K / tbar_z - K / fbar_z ]
+def uniform_gap(logits_g, logits_f, logits_star, z, a, dalpha, token, bonus, K):      # -> (N,)
+    """NELBO(f*) - NELBO(f) at z for the target G, with sbar for the teacher's row f*; what depends on
+    G alone has cancelled:
+        c [ sum_v Gbar_v / Gbar_z log(fbar_v sbar_z / (fbar_z sbar_v)) + K / sbar_z - K / fbar_z ]
     """
     Gbar = noised(weigh_token(logits_g, token, bonus), a, K)
     fbar = noised(logits_f, a, K)
-    tbar = noised(logits_t, a, K)
+    sbar = noised(logits_star, a, K)
     Gbar_z = entry(Gbar, z)
     fbar_z = entry(fbar, z)
-    tbar_z = entry(tbar, z)
-    inner = (Gbar * (fbar / tbar).log()).sum(-1, keepdim=True)
-    inner = inner - K * (fbar_z / tbar_z).log()
-    gap = -dalpha / (K * a) * (inner / Gbar_z + K / tbar_z - K / fbar_z)
+    sbar_z = entry(sbar, z)
+    inner = (Gbar * (fbar / sbar).log()).sum(-1, keepdim=True)
+    inner = inner - K * (fbar_z / sbar_z).log()
+    gap = -dalpha / (K * a) * (inner / Gbar_z + K / sbar_z - K / fbar_z)
     return gap[:, 0]
 
 
@@ -237,11 +241,11 @@ def uniform_generator_loss(
     z = noise_uniform(generator, h_g, eps, keep, tokens, K, rng, free)
     with torch.no_grad():
         h_f = fake.hidden(z, sigma)
-        h_t = teacher.hidden(z, sigma)
+        h_star = teacher.hidden(z, sigma)
     gap = per_row(
         uniform_gap, K,
         nets=(generator, frozen(fake), frozen(teacher)),
-        hidden=(h_g, h_f, h_t),
+        hidden=(h_g, h_f, h_star),
         args=(z, alpha, dalpha, eps[0], token_bonus(eps[1], K), K),
         where=free,
     )
@@ -250,7 +254,8 @@ def uniform_generator_loss(
 
 # ---- the published update of the uniform process (IDLM-Duo) -------------------------------------
 # The networks read the Gaussian state softmax(w / tau) of G, w = scale G + std xi, and the gradient
-# runs through it. Its law is q(. | G) only for one-hot G; tests/test_idlm_loss.py shows how far off.
+# runs through it. argmax w has the law q(. | G) only for one-hot G; tests/test_idlm_loss.py shows how
+# far off it is otherwise.
 
 def top_entries(w, k, size=256):                           # (N, K) -> (N, k): ids, largest first
     """w.topk(k), by blocks: the k largest entries stand in the k blocks of the largest maxima."""
@@ -322,13 +327,13 @@ def soft_fake_loss(
     """
     with torch.no_grad():                                  # the generator gets no gradient
         h_g = generator.hidden(*eps)
-        soft, z = soft_state(generator, h_g, eps, scale, std, K, tau, rng, free)
-    h_f = fake.hidden(soft, sigma)
+        state, z = soft_state(generator, h_g, eps, scale, std, K, tau, rng, free)
+    h_f = fake.hidden(state, sigma)
     nelbo = per_row(
         uniform_nelbo, K,
         nets=(fake, frozen(generator)),
         hidden=(h_f, h_g),
-        args=(z, alpha, dalpha, z, 0.0, K),
+        args=(z, alpha, dalpha, z, 0.0, K),                # bonus 0: the row itself
         where=free,
     )
     return nelbo.mean()
@@ -344,16 +349,16 @@ def soft_generator_loss(
     Give teacher and fake with requires_grad False, or they collect gradients that nobody uses.
     """
     h_g = generator.hidden(*eps)
-    soft, z = soft_state(generator, h_g, eps, scale, std, K, tau, rng, free)
+    state, z = soft_state(generator, h_g, eps, scale, std, K, tau, rng, free)
     if not path_gradient:
-        soft = (soft[0].detach(), soft[1])
-    h_f = fake.hidden(soft, sigma)
-    h_t = teacher.hidden(soft, sigma)
+        state = (state[0].detach(), state[1])
+    h_f = fake.hidden(state, sigma)
+    h_star = teacher.hidden(state, sigma)
     gap = per_row(
         uniform_gap, K,
         nets=(generator, fake, teacher),
-        hidden=(h_g, h_f, h_t),
-        args=(z, alpha, dalpha, z, 0.0, K),
+        hidden=(h_g, h_f, h_star),
+        args=(z, alpha, dalpha, z, 0.0, K),                # bonus 0: the row itself
         where=free,
     )
     return gap.mean()

@@ -5,16 +5,20 @@
     Uniform   each token turns into a uniformly random token   UDLM, 2412.10193; Duo, 2506.10892
 
 Time t in [0, 1]: 0 is clean, 1 noise. alpha_t falls from 1 to about 0; dalpha_t < 0 is its slope.
-x_0, x_t are (B, L) int64. K is the number of tokens that a text may hold; for Masked, [MASK] is
-token K, the last one. All losses are nats per token.
+sigma = -log alpha_t is what a network reads of t. x_0, x_t are (B, L) int64. K is the size of the
+vocabulary without [MASK], which is token K, the last one. All losses are nats per token.
 
 free (B, L) bool marks the positions that the model writes; the others are a given prompt, which is
 never noised and carries no loss. None: all are free. A loss is the mean over the free positions.
 
-Training draws (times, masks) come from a CPU generator: the host then has the masks without waiting
-for the device, and a run draws the same noise on every device.
+Training draws (times, masks) come from a CPU rng: the host then has the masks without waiting for
+the device, and a run draws the same noise on every device.
 
-Differences from the authors' code: SUBS by leaving [MASK] out of the head, not by -1e6.
+A loss is a formula on rows of logits. per_row (rows.py) evaluates it at the N positions of `where`
+and gives (N,): logits (N, K) of each network, a value per position (B, L) as (N,), a value per text
+(B,) as a column (N, 1). frozen(net): no gradient to the head.
+
+Difference from MDLM's code, which sets the logit of [MASK] to -1e6: here the head leaves it out.
 To reuse: copy this file, gaussian.py and rows.py (torch only).
 """
 from dataclasses import dataclass
@@ -24,19 +28,19 @@ import torch
 from gaussian import GaussianClock
 from rows import entry, frozen, mean_over, per_row, upcast, weighted_cross_entropy
 
-EPS = 1e-3                                  # alpha at t = 1, and the smallest training time
+T_MIN = 1e-3                                # the smallest training time, and alpha at t = 1
 
 
 def stratified_times(B, rng):
-    """Row i of B draws from the i-th of B equal slices of [EPS, 1]: less variance, same mean."""
+    """Text i of B draws from the i-th of B equal slices of [T_MIN, 1]: less variance, same mean."""
     u = torch.rand(B, generator=rng, device=rng.device)
     t = (torch.arange(B, device=rng.device) + u) / B
-    return EPS + (1 - EPS) * t
+    return T_MIN + (1 - T_MIN) * t
 
 
 def log_linear(t):                                         # (B,) -> alpha_t, dalpha_t: (B,) each
-    alpha_t = 1 - (1 - EPS) * t
-    return alpha_t, torch.full_like(t, -(1 - EPS))
+    alpha_t = 1 - (1 - T_MIN) * t
+    return alpha_t, torch.full_like(t, -(1 - T_MIN))
 
 
 # ---- masked process -----------------------------------------------------------------------------
@@ -54,7 +58,7 @@ class Masked:
     mask_id = K
 
     def sigma(self, t):
-        """Time conditioning is off: the number of masks says what t is."""
+        """0, time conditioning is off: the number of masks says what t is."""
         return torch.zeros_like(t)
 
     def weight(self, t):                                   # -dalpha_t / (1 - alpha_t) = 1 / t
@@ -186,7 +190,8 @@ def duo_loss(net, process, x_0, rng, soft=False, t=None, free=None):
     """Duo's training loss (arXiv 2506.10892), mean nats per token. x_0 (B, L) on the CPU.
 
     Hard tokens: the NELBO on the log-linear clock. soft (the curriculum of the first half): the
-    network reads softmax(w / tau) and the NELBO is taken at argmax(w), on the Gaussian clock.
+    network reads softmax(w / tau) of the Gaussian state w (gaussian.py), and the NELBO is taken at
+    argmax(w), on the Gaussian clock.
     """
     t = stratified_times(len(x_0), rng) if t is None else t
     if soft:
@@ -214,9 +219,9 @@ def dcd_loss(student, teacher, process, x_0, delta, rng, t=None, free=None):
     t = stratified_times(len(x_0), rng) if t is None else t
     s = (t - delta).clamp(min=0)
     z_t, z_s = process.gaussian.shared_argmax(x_0, (t, s), rng, free)
-    h = student.hidden(z_t, -process.gaussian(t)[2].log())
+    h = student.hidden(z_t, process.gaussian.sigma(t))
     with torch.no_grad():
-        h_teacher = teacher.hidden(z_s, -process.gaussian(s)[2].log())
+        h_teacher = teacher.hidden(z_s, process.gaussian.sigma(s))
     divergence = per_row(
         kl, process.K,
         nets=(student, frozen(teacher)),

@@ -18,7 +18,6 @@ Masked: two [MASK], in which nothing is random, and so a Gaussian z beside them 
 for a third of the updates, after which `hard` is at a JS of 0.012: one product without a latent; no
 fake term; `soft`, which noises soft rows as published.
 """
-import argparse
 import copy
 import multiprocessing
 import signal
@@ -242,7 +241,7 @@ def draw_picture(results, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The method on texts of two tokens.")
+    parser = checkpoint.Parser()
     add = parser.add_argument
     add("--seeds", type=int, nargs="+", default=[0], help="the picture is of the first")
     add("--updates", type=int, default=600, help="of teacher and generator")

@@ -6,15 +6,16 @@
     python train.py --stage idlm --init_from kuleshov-group/mdlm-owt --preset owt
     torchrun --standalone --nproc_per_node=8 train.py --preset owt
 
-Each stage leaves out/<process>/<stage>.pt:
+Each stage writes out/<process>/<stage>.pt:
     teacher   MDLM's or Duo's training loss (teacher.py)
     dcd       discrete consistency distillation of the Duo teacher, what idlm then starts as
     idlm      generator and fake alternate (idlm_loss.py): IDLM, arXiv 2602.19066
     judge     an autoregressive model of the same data, which evaluate.py scores texts with
 With no --stage, whatever is missing runs. `train` is the loop of one network and one loss; `distil`
-is IDLM. run.py holds optimisers and checkpoints.
+is IDLM. run.py holds optimisers and checkpoints: run.trainee is the optimiser of run.net (gradients,
+clipping, averaged weights), run.fake_trainee that of run.fake; run.teacher is frozen.
 
-Every draw comes from a generator seeded by (seed, stage, step, part, micro-batch). So a run has no
+Every draw comes from an rng seeded by (seed, stage, step, part, micro-batch). So a run has no
 random state to save, --resume goes on as if nothing had happened, and M processes compute what one
 process computes that accumulates M micro-batches.
 """
@@ -96,7 +97,7 @@ def parse_args(argv=None):
 
 
 def settings_of(args, stage):
-    """Flags over the preset, for one stage: a flat namespace."""
+    """Flags over the preset, for one stage: a flat namespace. idlm_lr is the lr of stage idlm."""
     preset = {}
     for key, value in PRESETS[args.preset].items():
         first, _, name = key.partition("_")
@@ -164,7 +165,7 @@ def train(s, run, data):
     for step in range(run.step, s.updates):
         net.train()
         if s.stage == "dcd" and step and step % round_length == 0:
-            run.teacher.load_state_dict(run.main.ema.state_dict())
+            run.teacher.load_state_dict(run.trainee.ema.state_dict())
         # Duo's curriculum: Gaussian states in the first half
         soft = s.stage == "teacher" and s.process == "duo" and step < s.updates // 2
         for m in range(s.rank, s.num_micro, s.world):
@@ -179,8 +180,8 @@ def train(s, run, data):
                     loss = mdlm_loss(net, process, x_0, rng, t=t, free=free)
                 else:
                     loss = duo_loss(net, process, x_0, rng, soft=soft, t=t, free=free)
-            run.main.backward(loss, m)
-        loss, norm = run.main.update(step)
+            run.trainee.backward(loss, m)
+        loss, norm = run.trainee.update(step)
         run.note(step + 1, {LOSS_NAME[s.stage]: loss, "grad": norm})
 
 
@@ -206,8 +207,8 @@ def distil(s, run, data):
                     loss = uniform_fake_loss(generator, fake, eps, rng, **noise)
                 else:
                     loss = soft_fake_loss(generator, fake, eps, rng, **noise)
-            run.follower.backward(loss, m)
-        fake_loss, fake_norm = run.follower.update(step)
+            run.fake_trainee.backward(loss, m)
+        fake_loss, fake_norm = run.fake_trainee.update(step)
 
         # ======== outer problem: the generator descends the gap ========
         generator.train()
@@ -223,8 +224,8 @@ def distil(s, run, data):
                     gap = uniform_generator_loss(generator, fake, teacher, eps, rng, **noise)
                 else:
                     gap = soft_generator_loss(generator, fake, teacher, eps, rng, **noise)
-            run.main.backward(gap, m)
-        gap, norm = run.main.update(step)
+            run.trainee.backward(gap, m)
+        gap, norm = run.trainee.update(step)
         run.note(step + 1, {"fake": fake_loss, "fake_grad": fake_norm, "gap": gap, "grad": norm})
 
 
@@ -255,11 +256,12 @@ def main(argv=None):
               f"out: {data.held_out}\n{s.device}, compile {s.compile}, in {s.out}")
         for stage in [args.stage] if args.stage else STAGES[args.process]:
             run_stage(args, stage, data)
-            print(f"{(time.time() - began) / 60:.1f} minutes so far")
     if s.rank == 0:
         if not args.stage:
             import evaluate                 # which trains its judge with this file
+            import sample
             evaluate.short_table(s.out, s.process, s.device, s.seed, s.no_compile, s.cache)
+            sample.main(["--steps=16", f"--process={s.process}", f"--out={s.out}"])
         script = "evaluate.py" if args.stage == "judge" else "sample.py --steps 16"
         model = "" if args.stage in (None, "idlm", "judge") else f" --model {args.stage}"
         print(f"{(time.time() - began) / 60:.1f} minutes in all. Next: python {script} --process "

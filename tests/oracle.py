@@ -89,7 +89,7 @@ def posterior(rows, x_t, alpha_t, alpha_s):
     """
     K, keep = rows.shape[-1], alpha_t / alpha_s
     x_s = alpha_s * rows + (1 - alpha_s) / K
-    joint = x_s * (keep * torch.nn.functional.one_hot(x_t, K) + (1 - keep) / K)
+    joint = x_s * (keep * torch.nn.functional.one_hot(x_t, K).to(rows) + (1 - keep) / K)
     return joint / joint.sum(-1, keepdim=True)
 
 

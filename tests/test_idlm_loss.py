@@ -190,8 +190,8 @@ class Update:
         self.kind = kind
         process = Masked(K + 1) if kind == "masked" else Uniform(K)
         self.nets = tiny_nets(process)
-        self.main = Optimiser(self.nets)
-        self.follower = Optimiser(self.nets)
+        self.trainee = Optimiser(self.nets)
+        self.fake_trainee = Optimiser(self.nets)
         self.data = Texts(with_prompt)
         self.draws = {"fake": [], "generator": []}
         for step, losses in (("fake", FAKE_LOSS), ("generator", GENERATOR_LOSS)):
@@ -199,7 +199,7 @@ class Update:
             monkeypatch.setattr(train, name, self.recorded(losses[kind], self.draws[step]))
         run = SimpleNamespace(
             net=self.nets.generator, fake=self.nets.fake, teacher=self.nets.teacher,
-            process=process, step=0, main=self.main, follower=self.follower,
+            process=process, step=0, trainee=self.trainee, fake_trainee=self.fake_trainee,
             note=lambda step, values: None)
         train.distil(settings(kind, pairing), run, self.data)
         self.nets.fake.requires_grad_(True)
@@ -226,8 +226,8 @@ def update(request, float64, monkeypatch):
 
 def test_the_fake_step_of_train_py_is_the_dense_formula(update):
     """NELBO(f) on G and its gradient in the fake; the generator and the teacher get none."""
-    assert len(update.follower.taken) == len(update.draws["fake"]) == 2
-    for (loss, grads), (eps, noise, rng) in zip(update.follower.taken, update.draws["fake"]):
+    assert len(update.fake_trainee.taken) == len(update.draws["fake"]) == 2
+    for (loss, grads), (eps, noise, rng) in zip(update.fake_trainee.taken, update.draws["fake"]):
         exact = dense_fake_loss(update.kind, update.nets, eps, noise, rng)
         assert exact > 0.1
         assert_same([loss], [exact])
@@ -237,8 +237,8 @@ def test_the_fake_step_of_train_py_is_the_dense_formula(update):
 
 def test_the_generator_step_of_train_py_is_the_dense_formula(update):
     """NELBO(f*) - NELBO(f) on G and its gradient in the generator; fake and teacher get none."""
-    assert len(update.main.taken) == len(update.draws["generator"]) == 2
-    for (loss, grads), (eps, noise, rng) in zip(update.main.taken, update.draws["generator"]):
+    assert len(update.trainee.taken) == len(update.draws["generator"]) == 2
+    for (loss, grads), (eps, noise, rng) in zip(update.trainee.taken, update.draws["generator"]):
         value, whole = dense_generator_loss(update.kind, update.nets, eps, noise, rng)
         assert abs(value) > 1e-3
         assert_same([loss], [value])
@@ -408,7 +408,7 @@ def test_the_gap_with_the_own_token_summed_out(rng):
         bars = [K * a * x.softmax(-1) + 1 - a for x in logits]
         Gbar, fbar, tbar = bars
         expected = sum(Gbar[:, z] / K * uniform_gap(
-            logits_g=logits[0], logits_f=logits[1], logits_t=logits[2],
+            logits_g=logits[0], logits_f=logits[1], logits_star=logits[2],
             z=torch.full((4,), z), a=a, dalpha=-a, token=token, bonus=0.0, K=K) for z in range(K))
         closed = Gbar * (fbar.log() - 1 / fbar - tbar.log() + 1 / tbar) - (fbar / tbar).log()
         assert_same([expected], [closed.sum(-1) / K], bound=1e-9)

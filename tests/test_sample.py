@@ -195,7 +195,7 @@ def test_export_writes_the_same_model(capsys, process):
     before = write(capsys, "--process", process, *flags)[1]
     sample.main(["--process", process, "--export", "folder"])
     out = capsys.readouterr().out
-    assert re.fullmatch(rf"wrote folder: [\d,]+ parameters of out/{process}/idlm.pt\n", out)
+    assert re.fullmatch(rf"wrote folder, the weights of out/{process}/idlm.pt\n", out)
     head, after = write(capsys, "--init_from", "folder", *flags)
     assert after == before and head.endswith(f"folder ({process}, idlm)")
     refused(lambda: sample.main(["--process", process, "--export", "folder"]), "another folder")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import oracle
 import teacher
 from conftest import Recorded, assert_law, assert_same, gradients, random_dit, seeded
-from teacher import EPS, Masked, Uniform, dcd_loss, duo_loss, mdlm_loss, stratified_times
+from teacher import T_MIN, Masked, Uniform, dcd_loss, duo_loss, mdlm_loss, stratified_times
 
 B, L, K = 5, 6, 7
 MASKED = Masked(K + 1)
@@ -31,17 +31,16 @@ def texts_and_times(rng):
 # ---- time ---------------------------------------------------------------------------------------
 
 def test_stratified_times(rng):
-    """One time in each of B equal slices of [t_min, 1], spread over all of its slice."""
-    for t_min in (EPS, 0.25):
-        t = torch.stack([stratified_times(8, rng, t_min) for _ in range(200)]).double()
-        place = (t - t_min) / (1 - t_min) * 8 - torch.arange(8)
-        assert place.min() > -1e-5 and place.max() < 1 + 1e-5
-        assert place.min() < 0.05 and place.max() > 0.95   # 1,600 draws: odds of failing 1e-35
+    """One time in each of B equal slices of [T_MIN, 1], spread over all of its slice."""
+    t = torch.stack([stratified_times(8, rng) for _ in range(200)]).double()
+    place = (t - T_MIN) / (1 - T_MIN) * 8 - torch.arange(8)
+    assert place.min() > -1e-5 and place.max() < 1 + 1e-5
+    assert place.min() < 0.05 and place.max() > 0.95       # 1,600 draws: odds of failing 1e-35
 
 
 def test_the_schedule():
     """alpha_t = 1 - (1 - 1e-3) t with its slope; weight = -dalpha_t / (1 - alpha_t) = 1 / t."""
-    t = torch.linspace(EPS, 1, 50, **f64).requires_grad_()
+    t = torch.linspace(T_MIN, 1, 50, **f64).requires_grad_()
     for process in (MASKED, UNIFORM):
         alpha, dalpha = process.alpha(t)
         assert torch.allclose(alpha, 1 - 0.999 * t)
@@ -59,13 +58,13 @@ def test_mask_rate(rng):
     """Each position with probability 1 - alpha_t, apart from the others: 200,000 draws at each of
     five times, and pairs of positions, within 5 standard deviations (false alarm 6e-6)."""
     n, length = 50_000, 4
-    for t in (EPS, 0.1, 0.5, 0.9, 1.0):
+    for t in (T_MIN, 0.1, 0.5, 0.9, 1.0):
         p = 0.999 * t
         masked = MASKED.draw_mask(torch.full((n,), t), length, rng).double()
         assert abs(masked.mean() - p) < 5 * (p * (1 - p) / n / length) ** 0.5
         pairs = (masked[:, 0] * masked[:, 1]).mean()
         assert abs(pairs - p * p) < 5 * (p * p * (1 - p * p) / n) ** 0.5 + 1e-12
-    each = MASKED.draw_mask(torch.tensor([EPS, 1.0]), 4000, rng).double().mean(1)
+    each = MASKED.draw_mask(torch.tensor([T_MIN, 1.0]), 4000, rng).double().mean(1)
     assert each[0] < 0.1 and each[1] > 0.9                 # every text at its own time
 
 

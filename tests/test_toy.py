@@ -160,7 +160,7 @@ def test_command_writes_picture_and_records_under_out(tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", ["toy.py", "--updates", "0", "--seeds", "0", "3"])
     toy.main()
     written = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert written == {"toy.png", "toy.json"}
+    assert written == {"toy.png", "toy.json", "toy.json.lock"}
     assert (tmp_path / "out/toy/toy.png").stat().st_size > 20_000
     records = json.loads((tmp_path / "out/toy/toy.json").read_text())
     models = [(r["seed"], r["process"], r["model"], r["passes"]) for r in records]

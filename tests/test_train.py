@@ -22,7 +22,7 @@ import run
 import sample
 import train
 from conftest import refused, run_train, some_text, tiny_flags
-from teacher import EPS
+from teacher import T_MIN
 from test_checkpoint import synthetic, write
 
 
@@ -181,7 +181,7 @@ def test_times_are_stratified_and_paired():
     in any, again one a slice. A shuffle leaves about Poisson(2) of 64 next to their place: 16 or
     more have odds 2e-10."""
     def slices(t):
-        return ((t - EPS) / (1 - EPS) * 64 + 1e-5).floor()
+        return ((t - T_MIN) / (1 - T_MIN) * 64 + 1e-5).floor()
 
     flags = "--batch_size 64 --micro_batch 64"
     ((_, t, t_tilde, _),) = draws(flags)
@@ -262,7 +262,7 @@ def test_what_the_losses_get(flags, kind, runs, monkeypatch):
     for (_, free, t, t_tilde, rng), (level, soft), (args, noise) in zip(times, drawn, noises):
         assert torch.equal(level, t_tilde) and soft == (kind == "soft") and free is None
         assert args[-1] is rng and noise["free"] is None
-        alpha = 1 - (1 - EPS) * t
+        alpha = 1 - (1 - T_MIN) * t
         if kind == "masked":
             assert torch.allclose(noise["weight"], 1 / t) and not noise["sigma"].any()
             counts = noise["is_masked"].float().mean(1)
@@ -299,7 +299,7 @@ def test_dcd_rounds(runs, monkeypatch):
         return inner(net, teacher, process, x_0, delta, rng, **more)
 
     def noted(self, step, values):
-        averages[step] = self.main.ema.state_dict()["vocab_embed.embedding"].clone()
+        averages[step] = self.trainee.ema.state_dict()["vocab_embed.embedding"].clone()
         note(self, step, values)
 
     monkeypatch.setattr(train, "dcd_loss", spy)
