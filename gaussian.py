@@ -34,7 +34,7 @@ def alpha_of_gamma(gamma, K):                              # (n,) -> alpha, dalp
     integrand; tests/test_gaussian.py holds their error.
     """
     gamma = gamma.double()
-    if not bool(gamma.isfinite().all()):
+    if not gamma.isfinite().all():
         raise ValueError(f"gamma {gamma.tolist()} is not finite: give numbers")
     step = 0.02
     xi = torch.arange(-9, 9, step, dtype=torch.float64)

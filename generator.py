@@ -92,7 +92,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     rng       a CPU torch.Generator: equal seeds give equal texts
     order     masked process: 'random' positions, as published, or 'even': every n-th one
     ending    uniform process, last step: 'ancestral'; 'greedy', the likeliest token of the
-              network's row f, as published; 'map', the likeliest of f weighed by its own token
+              network's row, as published; 'map', the likeliest of G (idlm_loss.py)
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
     callback  called with (step, x_t (B, L)) after every step, for showing
     """

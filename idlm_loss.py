@@ -9,10 +9,10 @@ diffusion model f trained on the generator's outputs, holds the inner minimum. T
     fake step        NELBO(fake) on G                    gradient to the fake alone
     generator step   NELBO(f*) - NELBO(fake) on G        gradient to the generator alone
 
-Every loss below reads in the paper's order: rows G = generator(eps) on the simplex; draw tokens from
-G and noise them to a time t, x_t ~ q(. | G); show x_t to fake f and teacher f*; compare. In exact
-arithmetic the loss is KL(p_theta || p*) less the KL of both laws noised to t = 1, where p* is the
-law of f*: it is 0 only at p_theta = p*.
+Every loss below reads in the paper's order: rows G = generator(eps) on the simplex; draw tokens
+from G and noise them to a time t, x_t ~ q(. | G); show x_t to fake f and teacher f*; compare. Where
+f holds the minimum and f* is the exact denoiser of p*, the mean of L_IDLM is KL(p_theta || p*) less
+the KL of both laws noised to t = 1: it is 0 only at p_theta = p*.
 
     masked    MDLM's process
     uniform   UDLM's and Duo's process, exact noising law: `hard` in train.py
@@ -21,9 +21,9 @@ law of f*: it is 0 only at p_theta = p*.
 B texts, L positions, D width, K the size of the vocabulary without [MASK], which is token K. t = 0
 is clean, t = 1 noise. eps is the tuple of the generator's inputs: eps[0] the noised tokens x_tilde
 (B, L), eps[1] their sigma (B,). A network has a trunk `hidden`, which moves its inputs to its own
-device, and a head `project` (rows.py); eps, noise and rng are on the CPU. Losses are nats per token,
-means over the free positions: free (B, L) bool, None for all. tests/test_idlm_loss.py holds every
-loss to its dense formula.
+device, and a head `project` (rows.py); eps, noise and rng are on the CPU. Losses are nats per
+token, means over the free positions: free (B, L) bool, None for all. tests/test_idlm_loss.py holds
+every loss to its dense formula.
 
 To reuse: copy this file and rows.py (torch only). `python idlm_loss.py` takes one fake and one
 generator step of the masked process. `soft` also needs gaussian.py and a network that reads soft
@@ -55,8 +55,8 @@ def masked_gap(logits_g, logits_f, logits_star, weight):      # -> (N,): weight 
     logits_f = upcast(logits_f)
     logits_star = upcast(logits_star)
     G = upcast(logits_g).softmax(-1)
-    gap = (G * (logits_f - logits_star)).sum(-1) - logits_f.logsumexp(-1) + logits_star.logsumexp(-1)
-    return weight[:, 0] * gap
+    gap = (G * (logits_f - logits_star)).sum(-1)
+    return weight[:, 0] * (gap - logits_f.logsumexp(-1) + logits_star.logsumexp(-1))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def masked_fake_loss(
         h_g = generator.hidden(*eps)
         x_t = noise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng)
     h_f = fake.hidden(x_t, sigma)
-    # Where x_tilde was masked the target is G's row, where it was visible, that token.
+    # mask_id is K. The target is G's row where x_tilde was masked, that token where visible.
     at_masked = per_row(
         soft_cross_entropy, mask_id,
         nets=(fake, frozen(generator)),
@@ -110,9 +110,10 @@ def masked_generator_loss(
 ):
     """The gap NELBO(f*) - NELBO(f) on G: the outer minimisation. Arguments as for the fake.
 
-    Where x_tilde is visible the terms have no gradient and are left out of the value. x_t is a draw:
-    the part of the gradient that runs through its law is dropped, as in the released code. What is left is,
-    in G's logits, -weight * G * (d - <G, d>) with d = log f* - log f; none to teacher or fake.
+    Where x_tilde is visible the terms have no gradient and are left out of the value. x_t is a
+    draw: the part of the gradient that runs through its law is dropped, as in the released code.
+    What is left is, in G's logits, weight * G * (d - <G, d>) with d = log f - log f*; none to
+    teacher or fake.
     """
     x_tilde = eps[0]
     was_masked = x_tilde == mask_id
@@ -132,11 +133,11 @@ def masked_generator_loss(
 
 
 # ---- uniform process (UDLM, Duo) ----------------------------------------------------------------
-# The minimiser of this process' NELBO predicts a token from the *other* noised tokens: so does a
-# network's row f. G also uses the position's own token v, noised at level a~, by Bayes' rule:
-#     G_u  ~  f_u q(v | u)  ~  f_u (1 + [u = v] K a~ / (1 - a~)).
-# In logits that is a bonus for v. The sampler applies the same factor, so this is the one definition
-# of G. Only `soft`, as published, takes the row itself: its bonus is 0.
+# The minimiser of this process' NELBO predicts a token from the *other* noised tokens: so does the
+# generator's row g. G also uses x_tilde's token v of the position, at level a~, by Bayes' rule:
+#     G_u  ~  g_u q(v | u)  ~  g_u (1 + [u = v] K a~ / (1 - a~)).
+# In logits that is a bonus for v. The sampler applies the same factor, so this is the one
+# definition of G. Only `soft`, as published, takes the row itself: its bonus is 0.
 
 def token_bonus(sigma, K):                                 # (B,) -> (B,)
     """log(1 + K a / (1 - a)) with a = exp(-sigma): what a row's own token gains in logits."""
@@ -175,7 +176,7 @@ def uniform_nelbo(logits_f, logits_g, z, a, dalpha, token, bonus, K):      # -> 
 
 
 def uniform_gap(logits_g, logits_f, logits_star, z, a, dalpha, token, bonus, K):      # -> (N,)
-    """NELBO(f*) - NELBO(f) at z for the target G, with sbar for the teacher's row f*; what depends on
+    """NELBO(f*) - NELBO(f) at z for the target G, with sbar for the teacher's row; what depends on
     G alone has cancelled:
         c [ sum_v Gbar_v / Gbar_z log(fbar_v sbar_z / (fbar_z sbar_v)) + K / sbar_z - K / fbar_z ]
     """
@@ -235,7 +236,7 @@ def uniform_generator_loss(
 ):
     """NELBO(f*) - NELBO(f) on G under the exact noising law. Arguments as for the fake.
 
-    The gradient runs through the target G alone: neither teacher nor fake is differentiated.
+    The gradient runs through the target G alone: the law of z, fake and teacher carry none.
     """
     h_g = generator.hidden(*eps)
     z = noise_uniform(generator, h_g, eps, keep, tokens, K, rng, free)
@@ -254,8 +255,8 @@ def uniform_generator_loss(
 
 # ---- the published update of the uniform process (IDLM-Duo) -------------------------------------
 # The networks read the Gaussian state softmax(w / tau) of G, w = scale G + std xi, and the gradient
-# runs through it. argmax w has the law q(. | G) only for one-hot G; tests/test_idlm_loss.py shows how
-# far off it is otherwise.
+# runs through it. argmax w has the law q(. | G) only for one-hot G; tests/test_idlm_loss.py shows
+# how far off it is otherwise.
 
 def top_entries(w, k, size=256):                           # (N, K) -> (N, k): ids, largest first
     """w.topk(k), by blocks: the k largest entries stand in the k blocks of the largest maxima."""
@@ -367,7 +368,7 @@ def soft_generator_loss(
 # ---- the example to copy ------------------------------------------------------------------------
 
 class TinyNet(torch.nn.Module):
-    """All that a network needs: a trunk `hidden` and a head `project`."""
+    """A network on the CPU: a trunk `hidden` and a head `project`."""
 
     def __init__(self, vocab_size, width=32):
         super().__init__()

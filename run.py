@@ -205,13 +205,13 @@ class Run:
         else:
             self.new_network()
         self.meta["config"] = vars(self.net.config)
-        self.trainee = Trainee(self.net, s.lr, s)
-        self.parts = {"ema": self.trainee.ema, "main": self.net,
-                      "main_optimizer": self.trainee.optimizer}
+        self.optim = Trainee(self.net, s.lr, s)
+        self.parts = {"ema": self.optim.ema, "main": self.net,
+                      "main_optimizer": self.optim.optimizer}
         if s.stage == "idlm":
             self.fake = self.copy_of(self.teacher)
-            self.fake_trainee = Trainee(self.fake, s.fake_lr, s, averaged=False)
-            self.parts |= {"fake": self.fake, "fake_optimizer": self.fake_trainee.optimizer}
+            self.fake_optim = Trainee(self.fake, s.fake_lr, s, averaged=False)
+            self.parts |= {"fake": self.fake, "fake_optimizer": self.fake_optim.optimizer}
         if s.stage == "dcd":
             self.parts["round_teacher"] = self.teacher
         for name, part in self.parts.items():
@@ -293,13 +293,13 @@ class Run:
 
     def save(self, step):
         s = self.s
-        for p in self.trainee.weights:
+        for p in self.optim.weights:
             if not (p.abs() < LARGEST).all():
                 raise BadInput(f"{s.stage}: a weight is not below {LARGEST} after step {step}; the "
                                "last checkpoint is kept. Lower the learning rate")
         meta = self.meta | checkpoint.provenance(s.seed, s.device) | changeable(s)
         meta |= {"step": step, "defining": defining(s, self.data),
-                 "ema": self.trainee.ema.state_dict()}
+                 "ema": self.optim.ema.state_dict()}
         state = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint.save(s.path, meta)       # first: a kill in between repeats some steps
         checkpoint.save(s.path.with_suffix(".resume.pt"), meta | {"state": state})
@@ -309,7 +309,7 @@ class Run:
         """Held-out loss, with the same draws at every call, and a text. Both have generators of
         their own: looking does not disturb training."""
         s = self.s
-        net = self.trainee.ema
+        net = self.optim.ema
         rng = torch.Generator().manual_seed(0)
         x_0, free = self.data.val_blocks(2 * s.micro_batch)
         with s.autocast:

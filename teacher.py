@@ -5,18 +5,19 @@
     Uniform   each token turns into a uniformly random token   UDLM, 2412.10193; Duo, 2506.10892
 
 Time t in [0, 1]: 0 is clean, 1 noise. alpha_t falls from 1 to about 0; dalpha_t < 0 is its slope.
-sigma = -log alpha_t is what a network reads of t. x_0, x_t are (B, L) int64. K is the size of the
-vocabulary without [MASK], which is token K, the last one. All losses are nats per token.
+A network reads sigma = -log alpha_t; 0 in the masked process. x_0, x_t are (B, L) int64. K is the
+size of the vocabulary without [MASK], which is token K, the last one. Losses are nats per token.
 
 free (B, L) bool marks the positions that the model writes; the others are a given prompt, which is
 never noised and carries no loss. None: all are free. A loss is the mean over the free positions.
 
-Training draws (times, masks) come from a CPU rng: the host then has the masks without waiting for
-the device, and a run draws the same noise on every device.
+Times and masks come from a CPU rng: the host then has the masks without waiting for the device, and
+a run draws the same noise on every device.
 
-A loss is a formula on rows of logits. per_row (rows.py) evaluates it at the N positions of `where`
-and gives (N,): logits (N, K) of each network, a value per position (B, L) as (N,), a value per text
-(B,) as a column (N, 1). frozen(net): no gradient to the head.
+A loss is a formula on rows of logits. per_row (rows.py) calls it for the N positions of `where`
+with logits (N, K) of each network, (B, L) arguments as (N,), (B,) arguments as columns (N, 1); it
+returns (N,). mean_over divides their sum by the number of free positions. frozen(net): no gradient
+to the head.
 
 Difference from MDLM's code, which sets the logit of [MASK] to -1e6: here the head leaves it out.
 To reuse: copy this file, gaussian.py and rows.py (torch only).
@@ -99,8 +100,8 @@ class Masked:
 def mdlm_loss(net, process, x_0, rng, t=None, free=None):
     """MDLM's training loss (arXiv 2406.07524, eq. 10): weight_t * -log f(x_t)[x_0] at [MASK].
 
-    x_0 (B, L) on the CPU. Returns mean nats per token. The head runs at masked positions alone:
-    under SUBS the loss is 0 at the others.
+    x_0 (B, L) on the CPU. Returns nats per token, the mean over free positions. The head runs at
+    masked ones alone: under SUBS the loss is 0 at the others.
     """
     t = stratified_times(len(x_0), rng) if t is None else t
     x_t = process.corrupt(x_0, t, rng, free)
@@ -181,8 +182,8 @@ def one_hot_nelbo(logits_f, x, z, a, dalpha, K):           # (N, K), (N,) x2, (N
     flat_part = (fbar_z / b).log() * K - (fbar / b).log().sum(-1, keepdim=True)
     cross = b * flat_part + K * a * (fbar_z.log() - fbar_x.log())
     # sum_v xbar_v log(xbar_v / xbar_z)
-    entropy = top * top.log() + (K - 1) * b * b.log() - K * xbar_z.log()
-    bracket = (cross + entropy) / xbar_z - K / xbar_z + K / fbar_z
+    target_part = top * top.log() + (K - 1) * b * b.log() - K * xbar_z.log()
+    bracket = (cross + target_part) / xbar_z - K / xbar_z + K / fbar_z
     return (-dalpha / (K * a) * bracket)[:, 0]
 
 

@@ -12,8 +12,9 @@ Each stage writes out/<process>/<stage>.pt:
     idlm      generator and fake alternate (idlm_loss.py): IDLM, arXiv 2602.19066
     judge     an autoregressive model of the same data, which evaluate.py scores texts with
 With no --stage, whatever is missing runs. `train` is the loop of one network and one loss; `distil`
-is IDLM. run.py holds optimisers and checkpoints: run.trainee is the optimiser of run.net (gradients,
-clipping, averaged weights), run.fake_trainee that of run.fake; run.teacher is frozen.
+is IDLM. run.py holds optimisers and checkpoints: run.optim is that of run.net (gradients, clipping,
+averaged weights), run.fake_optim that of run.fake; run.teacher is frozen. A new loss: write it in
+idlm_loss.py, import it here, call it in `distil`; its noise comes from draw_noise (teacher.py).
 
 Every draw comes from an rng seeded by (seed, stage, step, part, micro-batch). So a run has no
 random state to save, --resume goes on as if nothing had happened, and M processes compute what one
@@ -165,7 +166,7 @@ def train(s, run, data):
     for step in range(run.step, s.updates):
         net.train()
         if s.stage == "dcd" and step and step % round_length == 0:
-            run.teacher.load_state_dict(run.trainee.ema.state_dict())
+            run.teacher.load_state_dict(run.optim.ema.state_dict())
         # Duo's curriculum: Gaussian states in the first half
         soft = s.stage == "teacher" and s.process == "duo" and step < s.updates // 2
         for m in range(s.rank, s.num_micro, s.world):
@@ -180,8 +181,8 @@ def train(s, run, data):
                     loss = mdlm_loss(net, process, x_0, rng, t=t, free=free)
                 else:
                     loss = duo_loss(net, process, x_0, rng, soft=soft, t=t, free=free)
-            run.trainee.backward(loss, m)
-        loss, norm = run.trainee.update(step)
+            run.optim.backward(loss, m)
+        loss, norm = run.optim.update(step)
         run.note(step + 1, {LOSS_NAME[s.stage]: loss, "grad": norm})
 
 
@@ -207,8 +208,8 @@ def distil(s, run, data):
                     loss = uniform_fake_loss(generator, fake, eps, rng, **noise)
                 else:
                     loss = soft_fake_loss(generator, fake, eps, rng, **noise)
-            run.fake_trainee.backward(loss, m)
-        fake_loss, fake_norm = run.fake_trainee.update(step)
+            run.fake_optim.backward(loss, m)
+        fake_loss, fake_norm = run.fake_optim.update(step)
 
         # ======== outer problem: the generator descends the gap ========
         generator.train()
@@ -224,8 +225,8 @@ def distil(s, run, data):
                     gap = uniform_generator_loss(generator, fake, teacher, eps, rng, **noise)
                 else:
                     gap = soft_generator_loss(generator, fake, teacher, eps, rng, **noise)
-            run.trainee.backward(gap, m)
-        gap, norm = run.trainee.update(step)
+            run.optim.backward(gap, m)
+        gap, norm = run.optim.update(step)
         run.note(step + 1, {"fake": fake_loss, "fake_grad": fake_norm, "gap": gap, "grad": norm})
 
 

@@ -78,8 +78,8 @@ class Synthetic(Run):
         self.step = 0
         new = partial(network, s, process.vocab_size, dropout=s.dropout)
         self.net, self.fake, self.teacher = new(), new(), new().eval()
-        self.trainee = Trainee(self.net, s.lr, s)
-        self.fake_trainee = Trainee(self.fake, s.fake_lr, s, averaged=False)
+        self.optim = Trainee(self.net, s.lr, s)
+        self.fake_optim = Trainee(self.fake, s.fake_lr, s, averaged=False)
         self.prepare()
 
     def batch(self, split, B, rng, part):

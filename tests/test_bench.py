@@ -154,7 +154,7 @@ def test_an_update_moves_generator_fake_and_average(kind, monkeypatch):
     s.warmup = 1
     update = bench.training(s, process)
     run, = runs
-    nets = run.net, run.fake, run.trainee.ema, run.teacher
+    nets = run.net, run.fake, run.optim.ema, run.teacher
     before = [[p.detach().clone() for p in net.parameters()] for net in nets]
     update()
     moved = [[not torch.equal(p, q) for p, q in zip(net.parameters(), old)]

@@ -190,8 +190,8 @@ class Update:
         self.kind = kind
         process = Masked(K + 1) if kind == "masked" else Uniform(K)
         self.nets = tiny_nets(process)
-        self.trainee = Optimiser(self.nets)
-        self.fake_trainee = Optimiser(self.nets)
+        self.optim = Optimiser(self.nets)
+        self.fake_optim = Optimiser(self.nets)
         self.data = Texts(with_prompt)
         self.draws = {"fake": [], "generator": []}
         for step, losses in (("fake", FAKE_LOSS), ("generator", GENERATOR_LOSS)):
@@ -199,7 +199,7 @@ class Update:
             monkeypatch.setattr(train, name, self.recorded(losses[kind], self.draws[step]))
         run = SimpleNamespace(
             net=self.nets.generator, fake=self.nets.fake, teacher=self.nets.teacher,
-            process=process, step=0, trainee=self.trainee, fake_trainee=self.fake_trainee,
+            process=process, step=0, optim=self.optim, fake_optim=self.fake_optim,
             note=lambda step, values: None)
         train.distil(settings(kind, pairing), run, self.data)
         self.nets.fake.requires_grad_(True)
@@ -226,8 +226,8 @@ def update(request, float64, monkeypatch):
 
 def test_the_fake_step_of_train_py_is_the_dense_formula(update):
     """NELBO(f) on G and its gradient in the fake; the generator and the teacher get none."""
-    assert len(update.fake_trainee.taken) == len(update.draws["fake"]) == 2
-    for (loss, grads), (eps, noise, rng) in zip(update.fake_trainee.taken, update.draws["fake"]):
+    assert len(update.fake_optim.taken) == len(update.draws["fake"]) == 2
+    for (loss, grads), (eps, noise, rng) in zip(update.fake_optim.taken, update.draws["fake"]):
         exact = dense_fake_loss(update.kind, update.nets, eps, noise, rng)
         assert exact > 0.1
         assert_same([loss], [exact])
@@ -237,8 +237,8 @@ def test_the_fake_step_of_train_py_is_the_dense_formula(update):
 
 def test_the_generator_step_of_train_py_is_the_dense_formula(update):
     """NELBO(f*) - NELBO(f) on G and its gradient in the generator; fake and teacher get none."""
-    assert len(update.trainee.taken) == len(update.draws["generator"]) == 2
-    for (loss, grads), (eps, noise, rng) in zip(update.trainee.taken, update.draws["generator"]):
+    assert len(update.optim.taken) == len(update.draws["generator"]) == 2
+    for (loss, grads), (eps, noise, rng) in zip(update.optim.taken, update.draws["generator"]):
         value, whole = dense_generator_loss(update.kind, update.nets, eps, noise, rng)
         assert abs(value) > 1e-3
         assert_same([loss], [value])

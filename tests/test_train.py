@@ -299,7 +299,7 @@ def test_dcd_rounds(runs, monkeypatch):
         return inner(net, teacher, process, x_0, delta, rng, **more)
 
     def noted(self, step, values):
-        averages[step] = self.trainee.ema.state_dict()["vocab_embed.embedding"].clone()
+        averages[step] = self.optim.ema.state_dict()["vocab_embed.embedding"].clone()
         note(self, step, values)
 
     monkeypatch.setattr(train, "dcd_loss", spy)
