@@ -46,6 +46,10 @@ def at_temperature_1(record):               # and what has none: real text
     return record.get("kind") == "control" or record.get("temperature") in (None, 1)
 
 
+def few_passes(record):                     # of a generator, beside all of the teacher's
+    return at_temperature_1(record) and (record["model"] != "idlm" or record["steps"] <= 16)
+
+
 def is_masked(record):
     return record["process"] == "mdlm"
 
@@ -57,7 +61,7 @@ def has_rival(record):                      # the authors' times that stand besi
 
 TABLES = {
     "laptop": Table("model order steps", "bits_per_char entropy distinct4 repetition known_words",
-                    at_temperature_1),
+                    few_passes),
     "laptop_uniform": Table("model ending steps",
                             "bits_per_char entropy distinct4 repetition known_words",
                             at_temperature_1),
