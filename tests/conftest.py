@@ -4,13 +4,18 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")              # so small, two threads wait for each other
 
+import pytest                                                        # noqa: E402
+import torch                                                         # noqa: E402
+
+# A job of a shell in the background ignores Ctrl-C, and so would the processes that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
