@@ -60,6 +60,9 @@ def run_script(main):
     except BrokenPipeError:                              # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(name != "sample.py")                    # other work has not been finished
+    except torch.OutOfMemoryError:
+        sys.exit(f"{name}: the GPU's memory is full; lower --micro_batch, --batch_size or "
+                 "--num_texts; what was saved before stays")
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{name}: {error}; what was saved before stays")
 
@@ -163,6 +166,10 @@ def lock_folder(folder):
                        "folder with --out") from None
 
 
+def checksum(data):
+    return hashlib.sha256(data).hexdigest()
+
+
 def save(path, checkpoint):
     try:
         write_whole(path, lambda file: torch.save(checkpoint, file))
@@ -223,14 +230,18 @@ def find_weights(name):
 # ---- networks -----------------------------------------------------------------------------------
 
 def read_stated(path):
-    """config.json beside the weights, whose checksum it may state."""
+    """config.json beside the weights. An export states the checksum of its own text, in which the
+    weights' checksum stands in that place; an earlier one states that of the weights."""
     beside = path.with_name("config.json")
     if not beside.exists():
         return {}
-    stated = json.loads(beside.read_text(encoding="utf-8"))
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if stated.get("sha256", found) != found:
-        raise ValueError(f"{path.name} is not the file that config.json was written for")
+    text = beside.read_text(encoding="utf-8")
+    stated = json.loads(text)
+    written = str(stated.get("sha256"))
+    weights = checksum(path.read_bytes())
+    both = checksum(text.replace(written, weights).encode("utf-8"))
+    if written not in (weights, both) and re.search("sha256|[0-9a-f]{64}", text):
+        raise ValueError(f"{path.name} and config.json are not as they were exported together")
     return stated
 
 
@@ -265,7 +276,7 @@ def read_published(found, stated, name, process):
         tokenizer={"name": "gpt2"}, stage="teacher", step=0, updates=0, block_size=1024)
     for key, value in stated.items():
         meta[PUBLISHED.get(key, key)] = value
-    meta["config"] = {field.name: meta.pop(field.name) for field in fields(ModelConfig)}
+    meta["config"] = {}                     # check_meta collects it
     return weights, meta
 
 
@@ -331,7 +342,7 @@ def make_process(meta):
 
 def weights_key(net):
     """16 hexadecimal digits that tell these weights from others."""
-    return hashlib.sha256(to_bytes(net.state_dict())).hexdigest()[:16]
+    return checksum(to_bytes(net.state_dict()))[:16]
 
 
 def export(net, meta, folder, dtype=None):
@@ -344,11 +355,14 @@ def export(net, meta, folder, dtype=None):
     for key, w in net.state_dict().items():
         weights[f"backbone.{key}"] = w.to("cpu", None if key.endswith("inv_freq") else dtype)
     data = to_bytes(weights, {"format": "pt"})
-    config = {key: value for key, value in meta.items() if key not in ("config", "defining")}
-    config |= asdict(net.config)
+    config = meta | asdict(net.config)
+    for key in "config", "defining":
+        config.pop(key, None)
     for theirs, ours in PUBLISHED.items():
         config[theirs] = config[ours]
-    config["sha256"] = hashlib.sha256(data).hexdigest()
+    config["sha256"] = checksum(data)
+    write_json(stated, config)
+    config["sha256"] = checksum(stated.read_bytes())
     write_whole(path, lambda file: file.write(data))
     write_json(stated, config)
 
@@ -357,11 +371,8 @@ def provenance(seed, device):
     """Where a figure comes from; paths in the command are relative."""
     command = " ".join(["python", *sys.argv])
     command = re.sub(r"(?<=[ =])/\S+", lambda path: os.path.relpath(path[0]), command)
-    try:
-        git = subprocess.run("git describe --always --exclude=* --dirty=+dirty".split(),
-                             cwd=Path(__file__).parent, capture_output=True, text=True).stdout
-    except OSError:                         # no git on this machine
-        git = ""
+    git = subprocess.run("git describe --always --exclude=* --dirty=+dirty", shell=True,
+                         cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     where = f"{device}, {torch.get_num_threads()} threads"
     if torch.device(device).type == "cuda":
         where = torch.cuda.get_device_name(device)

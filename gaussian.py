@@ -8,12 +8,14 @@ argmax(w) is distributed as the uniform process' x_t at alpha(gamma). The teache
 the published IDLM-Duo update let a network read softmax(w / tau); DCD takes two argmaxes of one xi.
 
 Difference from the authors' code: alpha(gamma) and its slope by quadrature for any K, not pickled
-tables and forward differences. To reuse: copy this file alone (torch only).
+tables and forward differences. To reuse: copy this file and rows.py (torch only).
 """
 import math
 
 import torch
 import torch.nn.functional as F
+
+from rows import on_device, to_device
 
 # Duo's published clock: gamma is linear in t between these, at K = 50,257. For another K the ends
 # are those gammas at which alpha is the same.
@@ -98,8 +100,8 @@ class GaussianClock:
         device = x_0.device
         rng = on_device(rng, device)
         scale, std, _, _ = self(t.double())
-        scale = scale.to(device)[:, None]
-        std = std.to(device)[:, None, None]
+        scale = to_device(scale, device)[:, None]
+        std = to_device(std, device)[:, None, None]
         k = min(k, self.K - 1)
         like = {"generator": rng, "device": device, "dtype": torch.float64}
         xi = torch.randn(*x_0.shape, 1, **like)
@@ -110,7 +112,7 @@ class GaussianClock:
         w = std * torch.cat([xi, largest], -1)
         w[..., 0] += scale
         if free is not None:
-            w[..., 0].masked_fill_(~free.to(device), 100.0)
+            w[..., 0].masked_fill_(~to_device(free, device), 100.0)
         places = random_places(self.K - 1, k, x_0.shape, rng)
         others = places + (places >= x_0[..., None])
         ids = torch.cat([x_0[..., None], others], -1)
@@ -138,14 +140,6 @@ class GaussianClock:
                 keep = keep | ~free
             states.append(torch.where(keep, x_0, other))
         return states
-
-
-def on_device(rng, device):
-    """A generator on `device`, seeded from rng where that is elsewhere."""
-    if rng.device.type == device.type:
-        return rng
-    seed = torch.randint(2 ** 62, (), generator=rng, device=rng.device)
-    return torch.Generator(device).manual_seed(seed.item())
 
 
 def random_places(n, k, shape, rng):                       # -> (*shape, k) int64

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import torch
 
 from idlm_loss import token_bonus, weigh_token
-from rows import flat_rows, per_row, sample_categorical, to_device, uniforms, upcast
+from rows import cross_entropy, draw_tokens, flat_rows, per_row, sample_categorical
+from rows import to_device, uniforms, upcast
 from teacher import Masked
 
-ORDERS = "random", "even"                   # of revealing, masked process
+ORDERS = "random", "even", "confident"      # of revealing, masked process
 ENDINGS = "ancestral", "greedy", "map"      # last step, uniform process
 
 
@@ -50,9 +51,8 @@ def log_rows(net, process, eps):                           # -> log G(eps): (B, 
         return process.log_probs(logits, x_tilde.to(logits.device))
     logits = logits[..., :process.K]
     if not isinstance(x_tilde, tuple):                     # `soft` takes the row itself
-        bonus = to_device(token_bonus(sigma, process.K), logits.device)
-        is_token = torch.arange(process.K) == x_tilde.cpu()[..., None]
-        logits = logits + is_token.to(logits.device) * bonus[:, None, None]
+        bonus = token_bonus(sigma, process.K)[:, None, None]
+        logits = weigh_token(logits, x_tilde.to(logits.device), bonus.to(logits.device))
     return upcast(logits).log_softmax(-1)
 
 
@@ -90,7 +90,9 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
 
     net       a DiT: the teacher, or the generator in its place
     rng       a CPU torch.Generator: equal seeds give equal texts
-    order     masked process: 'random' positions, as published, or 'even': every n-th one
+    order     masked process: 'random' positions, as published; 'even': every n-th one;
+              'confident': draw at every [MASK], then keep the likeliest tokens, as many as are
+              due (MaskGIT, arXiv 2202.04200, without its noise); the head runs at every [MASK]
     ending    uniform process, last step: 'ancestral'; 'greedy', the likeliest token of the
               network's row, as published; 'map', the likeliest of G (idlm_loss.py)
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
@@ -99,11 +101,11 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     if steps < 1 or order not in ORDERS or ending not in ENDINGS:
         raise ValueError(f"steps {steps}, order {order!r}, ending {ending!r}: give steps from 1 "
                          f"up, an order of {ORDERS} and an ending of {ENDINGS}")
-    x = process.prior(num_texts, length, rng)
-    is_free = torch.ones(num_texts, length, dtype=torch.bool)
-    if prompt is not None:
-        is_free = (prompt < 0).expand(num_texts, length)
-        x = torch.where(is_free, x, prompt)
+    if prompt is None:
+        prompt = torch.full((length,), -1)
+    is_free = (prompt < 0).expand(num_texts, length)
+    x = torch.where(is_free, process.prior(num_texts, length, rng), prompt)
+    x = to_device(x, net.device)
     was_training = net.training
     net.eval()
     law = (to_device(torch.tensor(temperature), net.device), top_p)   # a tensor: compiled once
@@ -150,8 +152,7 @@ def reveal_steps(B, L, steps, order, rng):                 # -> (B, L) in 0 ... 
     n = min(steps, L)
     bits = (n - 1).bit_length()
     by_gap = sorted(range(n), key=lambda i: f"{i:0{bits}b}"[::-1])
-    step_of = torch.empty(n, dtype=torch.int64)
-    step_of[by_gap] = torch.arange(n)
+    step_of = torch.tensor(by_gap).argsort()               # the inverse permutation
     start = torch.randint(n, (B, 1), generator=rng)
     return step_of[(torch.arange(L) + start) % n]
 
@@ -160,31 +161,54 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
     return sample_categorical(warp(logits, temperature, top_p), u)
 
 
+def draw_with_log_prob(logits, u, temperature, top_p):     # (N, K), (N,) -> (N, 2)
+    """The token and its log-probability in the network's own row. Not in the row it is drawn from:
+    at a low temperature or top_p every token there is certain."""
+    token = draw(logits, u, temperature, top_p)
+    return torch.stack([token, -cross_entropy(logits, token)], -1)
+
+
+def surest(drawn, where, due):                             # (N, 2), (B, L), (B,)
+    """Of what draw_with_log_prob drew at the N positions `where`, each text's `due` likeliest
+    tokens. -> their positions (B, L) bool, the tokens (M,)"""
+    log_p = torch.full(where.shape, -torch.inf)
+    log_p[where] = drawn[:, 1].float().cpu()
+    rank = log_p.argsort(-1, descending=True).argsort(-1)
+    chosen = rank < due[:, None]
+    return chosen, drawn[flat_rows(chosen[where], drawn.device), 0].long()
+
+
 def sample_masked(net, process, x, is_masked, steps, rng, law, order, callback):
     """Reveal first, draw second: the head runs at revealed positions alone, and texts that reveal
     nothing take no pass. No joint float32 draw over tokens *and* [MASK], which would reveal too
-    rarely and too greedily (arXiv 2409.02908)."""
-    device = net.device
-    x = to_device(x, device)
+    rarely and too greedily (arXiv 2409.02908). `confident` has to draw at every [MASK] first."""
     nfe = torch.zeros(len(x), dtype=torch.int64)
-    step_of = reveal_steps(x.shape[0], x.shape[1], steps, order, rng)
-    all_equal = bool(is_masked.all())                      # one pass serves all texts
+    left = is_masked.clone()
+    all_equal = bool(left.all())
+    if order != "confident":
+        step_of = reveal_steps(x.shape[0], x.shape[1], steps, order, rng)
     for i in range(steps):
-        reveal = is_masked & (step_of == i)
-        if reveal.any():
-            texts, where = pass_rows(reveal)
+        if order == "confident":
+            due = left.sum(1) // (steps - i)
+            wanted = left & (due > 0)[:, None]
+        else:
+            wanted = left & (step_of == i)
+        if wanted.any():
+            texts, where = pass_rows(wanted)
             x_t = x[texts]
-            sigma = torch.zeros(len(x_t), device=device)
-            if all_equal:
-                h = net.hidden(x_t[:1], sigma[:1]).expand(len(x_t), -1, -1)
+            n = 1 if all_equal else len(x_t)               # one pass serves equal texts
+            h = net.hidden(x_t[:n], torch.zeros(n, device=x.device))
+            h = h.expand(len(x_t), -1, -1)
+            if order == "confident":
+                drawn = draw_tokens(net, h, process.K, rng, where,
+                                    formula=draw_with_log_prob, args=law)
+                where, tokens = surest(drawn, where, due[texts])
             else:
-                h = net.hidden(x_t, sigma)
-            u = uniforms(x_t.shape[0], x_t.shape[1], rng, device)
-            tokens = per_row(draw, process.K, (net,), (h,), (u, *law), where)
-            at = flat_rows(where, device)
-            x[texts] = x_t.flatten().index_copy(0, at, tokens).view_as(x_t)
+                tokens = draw_tokens(net, h, process.K, rng, where, formula=draw, args=law)
+            x[texts] = x_t.masked_scatter(to_device(where, x.device), tokens)
+            left[texts] &= ~where
             all_equal = False
-            nfe += reveal.any(1)
+            nfe += wanted.any(1)
         if callback:
             callback(i, x)
     return x, nfe
@@ -203,7 +227,7 @@ def uniform_step(logits, z, u_kind, u_token, alpha_t, alpha_s, temperature, top_
     itself is never formed.
     """
     logits = warp(logits, temperature, top_p)
-    f_z = (logits.gather(1, z[:, None])[:, 0] - logits.logsumexp(-1)).exp()
+    f_z = (-cross_entropy(logits, z)).exp()
     by_f = alpha_s - alpha_t
     by_chance = (1 - alpha_t / alpha_s) * (1 - alpha_s)
     u = u_kind * (K * alpha_t * f_z + 1 - alpha_t)
@@ -222,8 +246,7 @@ def sample_uniform(net, process, x, is_free, steps, rng, law, ending, callback):
     """The number that decides whether a token changes is drawn first. A step changes it with
     probability at most (by_f + by_chance) / (1 - alpha_t), whatever the network says, so tokens
     above that bound need no head, and texts with none below it no pass. The last step takes all."""
-    device = net.device
-    x = to_device(x, device)
+    device = x.device
     nfe = torch.zeros(len(x), dtype=torch.int64)
     times = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
     for i in range(steps):
@@ -244,10 +267,10 @@ def sample_uniform(net, process, x, is_free, steps, rng, law, ending, callback):
             else:
                 u_token = uniforms(x_t.shape[0], x_t.shape[1], rng, device)
                 alphas = to_device(process.alpha(t.float())[0], device)
-                args = (x_t, u_kind[texts].to(u_token.dtype), u_token, alphas[0], alphas[1], *law)
-                new = per_row(uniform_step, process.K, (net,), (h,), (*args, process.K), where)
-            at = flat_rows(where, device)
-            x[texts] = x_t.flatten().index_copy(0, at, new).view_as(x_t)
+                u_kind = u_kind[texts].to(u_token.dtype)
+                args = (x_t, u_kind, u_token, *alphas, *law, process.K)
+                new = per_row(uniform_step, process.K, (net,), (h,), args, where)
+            x[texts] = x_t.masked_scatter(to_device(where, device), new)
             nfe += wanted.any(1)
         if callback:
             callback(i, x)

@@ -34,7 +34,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from rows import draw_tokens, entry, flat_rows, frozen, mean_over, per_row, sample_categorical
+from rows import draw_tokens, entry, frozen, mean_over, on_device, per_row, sample_categorical
 from rows import to_device, upcast, weighted_cross_entropy
 
 
@@ -65,8 +65,7 @@ def noise_masked(generator, h_g, x_tilde, is_masked, mask_id, rng):
     device = h_g.device
     is_drawn = (x_tilde == mask_id) & ~is_masked
     tokens = draw_tokens(generator, h_g, mask_id, rng, where=is_drawn)
-    x_t = to_device(x_tilde, device).flatten()
-    x_t = x_t.index_copy(0, flat_rows(is_drawn, device), tokens).view_as(x_tilde)
+    x_t = to_device(x_tilde, device).masked_scatter(to_device(is_drawn, device), tokens)
     return x_t.masked_fill(to_device(is_masked, device), mask_id)
 
 
@@ -145,9 +144,9 @@ def token_bonus(sigma, K):                                 # (B,) -> (B,)
     return torch.log1p(K * torch.exp(-sigma) / noise.clamp(min=1e-9))
 
 
-def weigh_token(logits, token, bonus):                     # (N, K), (N,), (N, 1) -> (N, K)
-    tokens = torch.arange(logits.shape[1], device=logits.device)
-    return upcast(logits) + torch.where(tokens == token[:, None], bonus, 0)
+def weigh_token(logits, token, bonus):                     # (..., K), (...), (..., 1) -> (..., K)
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    return upcast(logits) + torch.where(tokens == token[..., None], bonus, 0)
 
 
 def draw_weighed(logits_g, u, token, bonus):               # (N, K), (N,) x2, (N, 1) -> (N,)
@@ -201,8 +200,7 @@ def noise_uniform(generator, h_g, eps, keep, tokens, K, rng, free):
     y = draw_tokens(generator, h_g, K, rng, where=is_drawn, formula=draw_weighed,
                     args=(x_tilde, token_bonus(eps[1], K)))
     z = tokens if free is None else torch.where(free, tokens, x_tilde)
-    z = to_device(z, device).flatten()
-    return z.index_copy(0, flat_rows(is_drawn, device), y).view_as(tokens)
+    return to_device(z, device).masked_scatter(to_device(is_drawn, device), y)
 
 
 def uniform_fake_loss(
@@ -269,14 +267,12 @@ def top_entries(w, k, size=256):                           # (N, K) -> (N, k): i
     return best.gather(1, at // size) * size + at % size
 
 
-def top_of_state(logits_g, xi, scale, std, k):             # (N, K) x2, (N, 1) x2 -> (N, k): ids
+def state_rows(logits_g, xi, scale, std, tau, k):          # (N, K) x2, (N, 1) x2 -> (N, 2k)
+    """The k largest entries of softmax(w / tau), largest first; then their ids, as numbers."""
     G = upcast(logits_g).softmax(-1)[:, :xi.shape[1]]
-    return top_entries(scale * G + std * xi, k)
-
-
-def state_weights(logits_g, ids, noise, scale, tau):       # (N, K), (N, k) x2, (N, 1) -> (N, k)
-    G = upcast(logits_g).softmax(-1)
-    return ((scale * G.gather(1, ids) + noise) / tau).softmax(-1)
+    ids = top_entries(scale * G.detach() + std * xi, k)
+    w = scale * G.gather(1, ids) + std * xi.gather(1, ids)
+    return torch.cat([(w / tau).softmax(-1), ids], -1)
 
 
 def soft_state(generator, h_g, eps, scale, std, K, tau, rng, free, k=24):
@@ -290,25 +286,15 @@ def soft_state(generator, h_g, eps, scale, std, K, tau, rng, free, k=24):
     device = h_g.device
     k = min(k, K)
     # noise over the whole vocabulary is drawn on the device, seeded from rng
-    seed = torch.randint(2 ** 62, (), generator=rng, device=rng.device).item()
-    device_rng = torch.Generator(device).manual_seed(seed)
-    xi = torch.randn(B, L, K, generator=device_rng, device=device, dtype=scale.dtype)
-    with torch.no_grad():
-        ids = per_row(
-            top_of_state, K,
-            nets=(generator,),
-            hidden=(h_g,),
-            args=(xi, scale, std, k),
-        )
-    ids = ids.view(B, L, k)
-    noise = to_device(std, device)[:, None, None] * xi.gather(-1, ids)
-    weights = per_row(
-        state_weights, K,
+    xi = torch.randn(B, L, K, generator=on_device(rng, device), device=device, dtype=scale.dtype)
+    rows = per_row(
+        state_rows, K,
         nets=(generator,),
         hidden=(h_g,),
-        args=(ids, noise, scale, tau),
+        args=(xi, scale, std, tau, k),
     )
-    weights = weights.view(B, L, k)
+    weights, ids = rows.view(B, L, 2 * k).chunk(2, dim=-1)
+    ids = ids.long()
     if free is not None:
         given = to_device(eps[0][1][..., :1], device)
         is_free = to_device(free, device)[..., None]

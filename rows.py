@@ -200,6 +200,14 @@ def sample_categorical(logits, u):
     return token[:, 0]
 
 
+def on_device(rng, device):
+    """A generator on `device`, seeded from rng where that is elsewhere."""
+    if rng.device.type == device.type:
+        return rng
+    seed = torch.randint(2 ** 62, (), generator=rng, device=rng.device)
+    return torch.Generator(device).manual_seed(seed.item())
+
+
 def uniforms(B, L, rng, device):                           # -> (B, L) in [0, 1)
     """float64 where the device has it."""
     u = torch.rand(B, L, generator=rng, device=rng.device, dtype=torch.float64)

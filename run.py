@@ -41,9 +41,8 @@ LARGEST = 1e6                               # no weight is: the learning rate wa
 def next_token_loss(net, x_0):
     """The judge's: -log p of each token given those before it, mean nats per token."""
     h = net.hidden(x_0[:, :-1], torch.zeros(len(x_0)))
-    nll = rows.per_row(rows.cross_entropy, net.config.vocab_size,
-                       nets=(net,), hidden=(h,), args=(x_0[:, 1:],))
-    return nll.mean()
+    return rows.per_row(rows.cross_entropy, net.config.vocab_size,
+                        nets=(net,), hidden=(h,), args=(x_0[:, 1:],)).mean()
 
 
 @contextmanager
@@ -73,7 +72,6 @@ class Trainee:
     """A network with its optimiser, schedule and averaged weights."""
 
     def __init__(self, net, lr, s, averaged=True):
-        self.net = net
         self.lr = lr
         self.s = s
         self.total = 0.0
@@ -92,17 +90,15 @@ class Trainee:
             for p in self.weights:                         # its next replay overwrites
                 p.grad = p.grad.clone()
 
+    @torch.no_grad()
     def update(self, step):
         """One optimiser update from the gradients, averaged over all processes. -> loss, norm"""
         s = self.s
         total = self.total
-        grads = [p.grad for p in self.weights]
         if s.world > 1:                     # once, after the last micro-batch
-            for share in [total] + grads:
+            for share in [total] + [p.grad for p in self.weights]:
                 dist.all_reduce(share)
-        norm = torch.nn.utils.get_total_norm(grads)
-        if s.clip < math.inf:               # else a pass over all gradients for nothing
-            torch.nn.utils.clip_grads_with_norm_(self.weights, s.clip, norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, s.clip)
         # linear warm-up, and a cosine down to the share lr_decay
         cosine = (1 + math.cos(math.pi * step / s.updates)) / 2
         warm = min(1, (step + 1) / s.warmup)
@@ -113,8 +109,7 @@ class Trainee:
         self.total = 0.0
         if self.ema:                        # early on a shorter average, not mostly the start
             decay = min(s.ema, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), self.weights, 1 - decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), self.weights, 1 - decay)
         return total, norm
 
 
@@ -143,15 +138,16 @@ def begin(s, data):
     other = "choose another folder with --out"
     if "defining" not in saved:
         raise BadInput(f"{source} is no run of this program: move it away, or {other}")
-    for name, value in defining(s, data).items():
-        begun = saved["defining"].get(name)
-        if begun != value:
+    step = saved["step"]
+    before = saved | saved["defining"]
+    for name, value in (defining(s, data) | changeable(s)).items():
+        begun = before.get(name)
+        if begun == value:
+            continue
+        if name not in CHANGEABLE:
             raise BadInput(f"{path} was begun with {name} {begun}, not {value}: repeat its flags "
                            f"(data {saved['data']}, teacher {saved.get('teacher')}), or {other}")
-    step = saved["step"]
-    for name, value in changeable(s).items():
-        if saved.get(name) != value:
-            print(f"{s.stage}: {name} was {saved.get(name)} to step {step}, from there on {value}")
+        print(f"{s.stage}: {name} was {begun} to step {step}, from there on {value}")
     if path.exists() and step >= saved["updates"] and s.updates <= step:
         return True, saved
     if not s.resume or s.updates <= step or "state" not in saved:
@@ -167,26 +163,27 @@ def load_sources(s, data):
     student = s.out / "dcd.pt"
     has_student = s.stage == "idlm" and not s.init_from and student.exists()
     start_name = s.start_from or (student if has_student else name)
-    s.teacher = load_finished(s, data, name)
-    s.start = load_finished(s, data, start_name)
+    s.sources = {"teacher": str(name), "start": str(start_name)}
+    nets = []
+    for name in s.sources.values():
+        net, meta = checkpoint.load_network(name, "cpu", s.process)
+        if meta["step"] < meta["updates"]:
+            raise BadInput(f"{name} is at step {meta['step']} of {meta['updates']}: finish it "
+                           f"first with --stage {meta['stage']} --resume")
+        if meta["tokenizer"] != data.spec:
+            raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than "
+                           f"--data {s.data} gives: name the data it was trained on")
+        nets.append(net)
+    s.teacher, s.start = nets
     s.teacher_key = checkpoint.weights_key(s.teacher)
     s.start_key = checkpoint.weights_key(s.start)
-    s.sources = {"teacher": str(name), "start": str(start_name)}
-
-
-def load_finished(s, data, name):
-    net, meta = checkpoint.load_network(name, "cpu", s.process)
-    if meta["step"] < meta["updates"]:
-        raise BadInput(f"{name} is at step {meta['step']} of {meta['updates']}: finish it first "
-                       f"with --stage {meta['stage']} --resume")
-    if meta["tokenizer"] != data.spec:
-        raise BadInput(f"{name} has another tokenizer ({meta['tokenizer']['name']}) than --data "
-                       f"{s.data} gives: name the data it was trained on")
-    return net
 
 
 class Run:
     """The networks of one stage: net, and where there are any fake and teacher."""
+
+    fake = None
+    teacher = None
 
     def __init__(self, s, data, saved=None):
         self.s = s
@@ -195,8 +192,6 @@ class Run:
         self.meta = {"process": s.process, "tokenizer": data.spec, "stage": s.stage,
                      "block_size": s.block_size, "data": str(s.data), "data_key": data.key}
         self.process = checkpoint.make_process(self.meta)
-        self.teacher = None
-        self.fake = None
         torch.manual_seed(s.seed)
         if s.stage in ("dcd", "idlm"):
             self.meta |= s.sources
@@ -214,33 +209,34 @@ class Run:
             self.parts |= {"fake": self.fake, "fake_optimizer": self.fake_optim.optimizer}
         if s.stage == "dcd":
             self.parts["round_teacher"] = self.teacher
-        for name, part in self.parts.items():
-            if saved:
+        if saved:
+            for name, part in self.parts.items():
                 part.load_state_dict(saved["state"][name])
         self.prepare()
         self.seen = []
         self.clock = time.time()
 
     def new_network(self):
-        s = self.s
-        is_judge = s.stage == "judge"
-        if is_judge:
+        layers, heads, width = map(int, self.s.size.split("x"))
+        config = ModelConfig(self.process.vocab_size, layers, heads, width)
+        if self.s.stage == "judge":
             self.meta["process"] = "ar"
-        V = self.data.K if is_judge else self.process.vocab_size
-        layers, heads, width = map(int, s.size.split("x"))
-        config = ModelConfig(V, layers, heads, width, dropout=s.dropout, causal=is_judge)
-        self.net = DiT(config).to(s.device, s.weights)
+            config = replace(config, vocab_size=self.data.K, causal=True)
+        self.net = self.build(config)
 
     def copy_of(self, net):
-        config = replace(net.config, dropout=self.s.dropout)
-        copied = DiT(config).to(self.s.device, self.s.weights)
+        copied = self.build(net.config)
         copied.load_state_dict(net.state_dict())
         return copied
+
+    def build(self, config):
+        config = replace(config, dropout=self.s.dropout)
+        return DiT(config).to(self.s.device, self.s.weights)
 
     def prepare(self):
         s = self.s
         if self.teacher:
-            self.teacher.freeze(torch.bfloat16 if s.dtype == "bfloat16" else None)
+            checkpoint.prepare(self.teacher, s.dtype)
         rows.COMPILE = s.compile and s.device.type == "cuda"
         torch._dynamo.config.cache_size_limit = 64         # one function, many formulas
         for net in self.net, self.fake, self.teacher:
@@ -254,41 +250,39 @@ class Run:
     # -- after each update
 
     def note(self, step, values):
-        """A line now and then, a checkpoint now and then. Losses stay on the device until then: the
-        host does not wait for them."""
+        """Now and then a line, with means over the updates since the last one, and a checkpoint.
+        Losses stay on the device until then: the host does not wait for them."""
         s = self.s
         self.seen.append(values)
         is_due = step == s.updates or step % s.save_every == 0
-        if is_due or step % max(1, min(50, s.updates // 20)) == 0:
-            self.report(step)               # stops at a non-finite loss, before anything is saved
-            if is_due and s.rank == 0:
-                self.save(step)
-                self.show(step)
-            self.clock = time.time()
-
-    def report(self, step):
-        """Means over the updates since the last line, on the terminal and in log.jsonl."""
-        s = self.s
+        if not is_due and step % max(1, min(50, s.updates // 20)):
+            return
         ms = 1e3 * (time.time() - self.clock) / len(self.seen)
-        means = {name: torch.stack([values[name] for values in self.seen]).mean().item()
-                 for name in self.seen[0]}
-        shown = " | ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-        for name, mean in means.items():
-            if not math.isfinite(mean):
+        means = {}
+        shown = ""
+        for name in values:
+            mean = torch.stack([seen[name] for seen in self.seen]).mean().item()
+            if not math.isfinite(mean):     # stop before anything is saved
                 raise BadInput(f"{s.stage}: {name} is {mean} between steps "
                                f"{step - len(self.seen) + 1} and {step}; the last checkpoint is "
                                "kept. Lower the learning rate")
-        print(f"{s.stage} {step}/{s.updates} | {shown} | {ms:.0f} ms | "
+            means[name] = mean
+            shown += f" | {name} {mean:.3f}"
+        print(f"{s.stage} {step}/{s.updates}{shown} | {ms:.0f} ms | "
               f"{s.batch_size * s.block_size / ms:.1f}k tok/s | "
               f"eta {(s.updates - step) * ms / 60e3:.1f}m")
         self.log(step, {"ms": ms} | means)
         checkpoint.last_line[0] = f" after {s.stage} {step}/{s.updates}"
+        if is_due and s.rank == 0:
+            self.save(step)
+            self.show(step)
         self.seen = []
+        self.clock = time.time()
 
     def log(self, step, values):
         if self.s.rank == 0:
             line = {"stage": self.s.stage, "step": step} | values
-            with open(self.s.out / "log.jsonl", "a", encoding="utf-8") as file:
+            with open(self.s.out / "log.jsonl", "a") as file:
                 file.write(f"{json.dumps(line)}\n")
 
     def save(self, step):
@@ -297,10 +291,9 @@ class Run:
             if not (p.abs() < LARGEST).all():
                 raise BadInput(f"{s.stage}: a weight is not below {LARGEST} after step {step}; the "
                                "last checkpoint is kept. Lower the learning rate")
-        meta = self.meta | checkpoint.provenance(s.seed, s.device) | changeable(s)
-        meta |= {"step": step, "defining": defining(s, self.data),
-                 "ema": self.optim.ema.state_dict()}
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        meta = self.meta | checkpoint.provenance(s.seed, s.device) | changeable(s) | {
+            "step": step, "defining": defining(s, self.data), "ema": state["ema"]}
         checkpoint.save(s.path, meta)       # first: a kill in between repeats some steps
         checkpoint.save(s.path.with_suffix(".resume.pt"), meta | {"state": state})
 

@@ -7,7 +7,7 @@
     python sample.py --prompt "ROMEO:{40}\\nJULIET:"   {40}: 40 tokens for the model to fill in
     python sample.py --prompts FILE                    an answer for every line: prompt TAB answer
     python sample.py --steps 16 --watch                the masks fall away in the terminal
-    python sample.py --order even                      masked: every n-th position, else random ones
+    python sample.py --order even                      masked: every n-th position; or confident
     python sample.py --process duo --ending greedy     uniform: how the last step ends
     python sample.py --temperature 0.9 --top_p 0.95    the likeliest tokens that hold this share
     python sample.py --length 512 --device cpu --dtype float32
@@ -115,7 +115,7 @@ def main(argv=None):
                 net, process, len(batch), length, args.steps, rng, prompt=batch,
                 temperature=args.temperature, top_p=args.top_p, order=args.order,
                 ending=args.ending, callback=watch if args.watch else None)
-            texts += list(written.tokens)
+            texts += written.tokens
             passes = max(passes, written.nfe.max())
     print(f"{passes} passes, {time.time() - began:.2f} s, seed {args.seed}, {name} "
           f"({meta['process']}, {meta['stage']})")

@@ -28,7 +28,7 @@ from torch import nn
 
 import checkpoint
 import idlm_loss as losses
-from evaluate import append_records
+from experiments.collect import append_records
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform, duo_loss, mdlm_loss, stratified_times
 
@@ -153,6 +153,7 @@ def distil(teacher, process, rng, updates, kind, latent_dim=0, use_fake=True):
     kind: of the losses. use_fake=False: the fake stays a new, flat network, so the loss is
     NELBO(f*) alone.
     """
+    soft = kind == "soft"
     fake_loss = getattr(losses, f"{kind}_fake_loss")
     generator_loss = getattr(losses, f"{kind}_generator_loss")
     generator = copy.deepcopy(teacher)
@@ -165,11 +166,9 @@ def distil(teacher, process, rng, updates, kind, latent_dim=0, use_fake=True):
     def draw():                                            # -> eps, the second noise
         x = process.prior(B, 2, rng)
         t = stratified_times(B, rng)
-        if kind == "soft":
+        noise = process.draw_noise(t, 2, rng, soft)
+        if soft:
             x = torch.ones(B, 2, 1), x[..., None]
-            noise = process.draw_noise(t, 2, rng, soft=True)
-        else:
-            noise = process.draw_noise(t, 2, rng)
         return (x, process.sigma(torch.ones(B)), generator.draw_z(B, rng)), noise
 
     for i in range(updates):
@@ -204,41 +203,7 @@ def run(name, seed, updates):
     return results
 
 
-# ---- the picture --------------------------------------------------------------------------------
-
-def draw_picture(results, path):
-    """results: {process: run(...)}. A row for each process, one for what fails."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    p = eight_modes().numpy()
-    rows = []
-    failing = [None]
-    for models in results.values():
-        rows.append([(p, None)] + models[:4])
-        failing += models[4:]
-    matplotlib.rcParams |= {"font.size": 13, "axes.titlesize": 13}
-    figure = Figure((8.3, 7.3), layout="constrained")
-    axes = figure.subplots(3, 5)
-    for row, panels in enumerate([*rows, failing]):
-        for axis, panel in zip(axes[row], panels):
-            axis.set(xticks=[], yticks=[])
-            if panel is None:
-                axis.axis("off")
-                axis.text(0, 0.4, "What fails\nin one pass")
-                continue
-            P, record = panel
-            axis.imshow(P.T ** 0.5, origin="lower", cmap="magma", vmin=0, vmax=p.max() ** 0.5)
-            title, label = "data", "p*"
-            if record:
-                title = "{model}\n{passes} pass".format(**record) + "es" * (record["passes"] > 1)
-                label = "valid {validity:.1%}\nJS {js:.3f}".format(**record)
-            if row == 2:
-                title = "{process}\n{model}".format(**record)
-            axis.set_title("" if row == 1 else title)
-            axis.set_xlabel(label)
-        axes[row, 0].set_ylabel([*results, ""][row])
-    figure.savefig(path, dpi=150)
-
+# ---- command line -------------------------------------------------------------------------------
 
 def main():
     parser = checkpoint.Parser()
@@ -259,7 +224,8 @@ def main():
               "seed {seed}".format(**record))
     provenance = checkpoint.provenance(args.seeds[0], "cpu")
     append_records(args.records, [provenance | record for record in records])
-    draw_picture(dict(zip(PROCESSES, results)), args.picture)
+    from experiments.toy_picture import draw_picture
+    draw_picture(dict(zip(PROCESSES, results)), eight_modes(), args.picture)
     print(f"wrote {args.picture} and {args.records}")
 
 

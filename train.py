@@ -14,7 +14,7 @@ Each stage writes out/<process>/<stage>.pt:
 With no --stage, whatever is missing runs. `train` is the loop of one network and one loss; `distil`
 is IDLM. run.py holds optimisers and checkpoints: run.optim is that of run.net (gradients, clipping,
 averaged weights), run.fake_optim that of run.fake; run.teacher is frozen. A new loss: write it in
-idlm_loss.py, import it here, call it in `distil`; its noise comes from draw_noise (teacher.py).
+idlm_loss.py, import it here, name it in `distil`; its noise comes from draw_noise (teacher.py).
 
 Every draw comes from an rng seeded by (seed, stage, step, part, micro-batch). So a run has no
 random state to save, --resume goes on as if nothing had happened, and M processes compute what one
@@ -107,7 +107,7 @@ def settings_of(args, stage):
         elif first not in ALL_STAGES:
             preset.setdefault(key, value)
     given = {key: value for key, value in vars(args).items() if value is not None}
-    s = argparse.Namespace(**{**vars(args), **preset, **given})
+    s = argparse.Namespace(**vars(args) | preset | given)
     s.stage = stage
     s.wrap_eos = s.wrap_eos and s.tokenizer == "gpt2"
     s.kind = "masked" if s.process == "mdlm" else s.update
@@ -192,6 +192,11 @@ def distil(s, run, data):
     fake = run.fake
     teacher = run.teacher
     process = run.process
+    fake_loss_of, gap_of = {
+        "masked": (masked_fake_loss, masked_generator_loss),
+        "hard": (uniform_fake_loss, uniform_generator_loss),
+        "soft": (soft_fake_loss, soft_generator_loss),
+    }[s.kind]
     soft = s.kind == "soft"
     for step in range(run.step, s.updates):
         # ======== inner problem: the fake follows the generator ========
@@ -202,12 +207,7 @@ def distil(s, run, data):
             eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
             noise = process.draw_noise(t, s.block_size, rng, soft, free)
             with s.autocast:
-                if s.kind == "masked":
-                    loss = masked_fake_loss(generator, fake, eps, rng, **noise)
-                elif s.kind == "hard":
-                    loss = uniform_fake_loss(generator, fake, eps, rng, **noise)
-                else:
-                    loss = soft_fake_loss(generator, fake, eps, rng, **noise)
+                loss = fake_loss_of(generator, fake, eps, rng, **noise)
             run.fake_optim.backward(loss, m)
         fake_loss, fake_norm = run.fake_optim.update(step)
 
@@ -219,12 +219,7 @@ def distil(s, run, data):
             eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
             noise = process.draw_noise(t, s.block_size, rng, soft, free)
             with s.autocast:
-                if s.kind == "masked":
-                    gap = masked_generator_loss(generator, fake, teacher, eps, rng, **noise)
-                elif s.kind == "hard":
-                    gap = uniform_generator_loss(generator, fake, teacher, eps, rng, **noise)
-                else:
-                    gap = soft_generator_loss(generator, fake, teacher, eps, rng, **noise)
+                gap = gap_of(generator, fake, teacher, eps, rng, **noise)
             run.optim.backward(gap, m)
         gap, norm = run.optim.update(step)
         run.note(step + 1, {"fake": fake_loss, "fake_grad": fake_norm, "gap": gap, "grad": norm})

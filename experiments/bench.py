@@ -5,6 +5,7 @@
     python experiments/bench.py train       an update of train.py's `distil`: masked, hard, soft
     python experiments/bench.py sample      texts of a generator: 16 steps masked, 4 steps uniform
     python experiments/bench.py scaling     updates over lengths and batch sizes
+    python experiments/bench.py "train soft"    one case
 
 Other flags are train.py's and go to every case: --batch_size, --block_size, --size, --device,
 --no-compile. Networks are new and texts random. On a CPU the default sizes are a toy's.
@@ -42,7 +43,7 @@ from teacher import Masked, Uniform                                  # noqa: E40
 GPU = torch.cuda.is_available()
 K = 50_257 if GPU else 1_000    # tokens
 STEPS = {"mdlm": 16, "duo": 4}  # of the sampler
-WARMUP, ITERS = (5, 20) if GPU else (1, 2)  # rounds; those of the warm-up may compile
+WARMUP, ITERS = (5, 60) if GPU else (1, 2)  # rounds; those of the warm-up may compile
 PEAK = {"H100": 989e12, "H200": 989e12}     # dense bfloat16 FLOP/s; another device shows no mfu
 AUTHORS = ROOT / "results/authors_h200.json"
 SIZES = "--preset owt --batch_size 8"
@@ -193,13 +194,14 @@ def main(argv=None):
     p.add_argument("--records", type=Path, default="out/bench.json", help="added to this list")
     args, rest = p.parse_known_args(argv)
     wanted, *rest = rest or ["--all"]
-    if wanted not in ("--all", *(mode for mode, _, _ in CASES)):
+    names = {name for mode, label, _ in CASES for name in (mode, f"{mode} {label}")}
+    if wanted not in names | {"--all"}:
         raise BadInput(f"{wanted} is no case: begin with --all, train, sample or scaling")
     if args.records.exists():
         read_records(args.records)          # a wrong file: before anything is measured
     again = []
     for mode, label, flags in CASES:
-        if mode == wanted or (wanted == "--all" and mode != "scaling"):
+        if wanted in (mode, f"{mode} {label}") or (wanted == "--all" and mode != "scaling"):
             record = run_case(mode, label, flags.split() + rest)
             append_records(args.records, [record])
             show(record)

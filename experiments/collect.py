@@ -1,15 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""Add the records of a run folder's eval.json to a list, with what an experiment varied in it.
+"""Lists of records: JSON files, to which evaluations, benchmarks and the toy append.
 
     python experiments/collect.py results/hard_and_soft.json out/soft-1 update=soft lr=1e-4
+
+adds the records of a run folder's eval.json to a list, with what an experiment varied in it.
 """
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from checkpoint import run_script                                    # noqa: E402
-from evaluate import append_records, read_records                    # noqa: E402
+from filelock import FileLock               # comes with torch       # noqa: E402
+
+from checkpoint import run_script, write_json                        # noqa: E402
+from data import BadInput                                            # noqa: E402
+
+
+def read_records(path):
+    """A list of records, or a dict as in eval.json, whose provenance then goes into each record."""
+    try:
+        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(records, dict):
+            records = [records["provenance"] | record for record in records["records"]]
+        if not all(isinstance(record, dict) for record in records):
+            raise TypeError("an entry is no record")
+    except (ValueError, TypeError, LookupError) as error:
+        raise BadInput(f"{path} is no JSON list of records ({type(error).__name__}: {error}); it "
+                       "stays as it is: repair it or name another file") from None
+    return records
+
+
+def append_records(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        earlier = read_records(path) if path.exists() else []
+        write_json(path, earlier + records)
 
 
 def main():

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""The measures of headline tables, behind flags of evaluate.py.
+"""What evaluate.py asks for beside its fixed columns: the measures of headline tables, checks.
 
-    --sweep         perplexity where the curve over temperature has held-out entropy
+    --metrics       overlap, known_words, the gradient moment gm
     --mauve         MAUVE on a judge's features
-    --controls      texts that some column must expose
-    --judge NAME    a pretrained judge: a hub model, or a .gguf file
     --exact_match   the share of prompts answered exactly
-    gm              the gradient moment
+    --sweep         perplexity where the curve over temperature has held-out entropy
+    --controls      texts that some column must expose
+    --judge NAME    a pretrained judge: a hub model, or a .gguf file; or `ar`, where it is missing
 """
 import math
+import re
+import subprocess
+import sys
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -16,8 +19,101 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 from data import BadInput
-from evaluate import COLUMNS, cell, entropy, first_line, neural_judge, ngram_of, summary
+from evaluate import (COLUMNS, SUFFIXES, bootstrap, cell, entropy, four_grams, neural_judge,
+                      ngram_of, summary)
+from experiments.collect import read_records
+
+WORD = re.compile(r"(?:[^\W\d_]|')+")
+GROUPS = 16                # of texts, for gm
+MIN_TEXTS = 16             # of an interval
+MIN_MAUVE = 100            # MAUVE takes a cluster per ten texts: below, fewer than ten clusters
+
+
+# ---- columns that may be left out ---------------------------------------------------------------
+
+class Extras:
+    """extras(tokens (N, L), scores, setting) -> {metric: (1 + RESAMPLES,)}, {metric: value}
+
+    metrics     of evaluate.METRICS, and "mauve"
+    reference   (N, L) held-out tokens that overlap compares with
+    real        what the judges say of them: suffix of a judge -> Score; scores: of `tokens`
+    answers     see exact_match
+    """
+
+    def __init__(self, metrics, data, reference, real, answers=None):
+        self.metrics = metrics
+        self.tokenizer = data.tokenizer
+        self.overlap = overlap(reference).mean()
+        self.real = real
+        self.answers = answers
+        self.words = None
+        if "known_words" in metrics and data.spec["name"] == "char":
+            self.words = set(whole_words(data.train_text()))
+
+    def __call__(self, tokens, scores, setting):
+        seed = setting["seed"]
+        resampled, values = {}, {}
+        if "overlap" in self.metrics:
+            resampled["overlap"] = bootstrap(overlap(tokens) - self.overlap, seed=seed)
+        if self.words is not None:
+            texts = [whole_words(self.tokenizer.decode(row)) for row in tokens.tolist()]
+            known = [sum(word in self.words for word in text) for text in texts]
+            resampled["known_words"] = bootstrap(known, [len(text) for text in texts], seed)
+        for suffix, score in scores.items():
+            real = self.real[suffix]
+            if score.grads is not None:
+                moments = gradient_moment(score.grads, real.grads)
+                resampled["gm" + suffix] = bootstrap(moments, seed=seed)
+            if "mauve" in self.metrics and score.features is not None:
+                values["mauve" + suffix] = mauve(score.features, real.features)
+        if self.answers is not None and setting["kind"] == "model":
+            values |= exact_match(tokens, self.answers)
+        return resampled, values
+
+
+def overlap(tokens):                                       # (N, L) -> (N,)
+    """Share of a text's different 4-grams that the next text has as well, the last one's next being
+    the first. "abcde", "abcdf": of abcd bcde the second text has abcd, so 1/2 (and back 1/2)."""
+    grams = four_grams(tokens)
+    after = grams[1:] + grams[:1]
+    return np.array([np.isin(a, b).mean() for a, b in zip(grams, after)])
+
+
+def whole_words(text):
+    """Runs of letters and apostrophes but those cut by the text's ends. "he cat's mew": cat's"""
+    words = WORD.findall(text)
+    is_cut, is_cut_off = bool(WORD.match(text)), bool(WORD.match(text[-1:]))
+    return words[is_cut:len(words) - is_cut_off]
+
+
+class Gradients:
+    """The judge's gradient of each group of texts, nats per token, in its last matrix: the mean of
+    (p - onehot) h^T over the group's tokens. Without groups: nothing."""
+
+    def __init__(self, num_texts, groups):
+        texts = torch.arange(num_texts).tensor_split(groups) if groups else []
+        self.bounds = [(int(group[0]), int(group[-1]) + 1) for group in texts]
+        self.sums = [0] * groups
+        self.counted = [0] * groups
+
+    def add(self, first, h, log_p, target):                # (B, L, D), (B, L, K), (B, L, 1)
+        """Texts first, first + 1, ... A target below 0 does not count."""
+        for i, (start, end) in enumerate(self.bounds):
+            part = slice(max(start - first, 0), max(end - first, 0))
+            if not len(target[part]):
+                continue
+            index = target[part].clamp(min=0)
+            counts = target[part] >= 0
+            p = log_p[part].exp()
+            error = p.scatter_add(-1, index, -torch.ones_like(p[..., :1])) * counts
+            self.sums[i] += torch.einsum("blv,bld->vd", error, h[part]).flatten()
+            self.counted[i] += counts.sum()
+
+    def means(self):                                       # -> (groups, P) on the judge's device
+        if self.sums:
+            return torch.stack([total / n for total, n in zip(self.sums, self.counted)])
 
 
 def gradient_moment(g, r):                                 # (m, P), (m, P) -> (m,)
@@ -33,6 +129,11 @@ def gradient_moment(g, r):                                 # (m, P), (m, P) -> (
     return 2 * with_others - with_others.mean()            # a pair's noise is in both its groups
 
 
+def mauve(p, q):                                           # (N, D), (M, D) -> 0 ... 1
+    """MAUVE (arXiv 2102.01454) of two sets of features, a row a text: 1 where they are alike."""
+    from mauve import compute_mauve
+    return float(compute_mauve(p_features=p, q_features=q, verbose=False).mauve)
+
 
 def wilson(right, n, z=1.96):
     """The share right / n and its 95 % interval (Wilson 1927), which holds at 0 and at n, too.
@@ -43,23 +144,27 @@ def wilson(right, n, z=1.96):
     return p, [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
 
 
-
 def exact_match(tokens, answers):                          # (N, L) x2 -> record
     right = ((tokens == answers) | (answers < 0)).all(1)
     share, interval = wilson(int(right.sum()), len(right))
     return {"exact_match": share, "exact_match_ci": interval}
 
 
-def answers_of(x_0, free, data):                           # (N, L) x2 -> (N, L), -1: any token
-    """What exact_match asks. An answer ends with the first token of its padding; what follows may
-    be anything."""
+def answers_of(texts, prompts, data):                      # (N, L) x2 -> (N, L), -1: any token
+    """What exact_match asks where the prompts are free (-1). An answer ends with the first token of
+    its padding; what follows may be anything."""
+    if not data.examples:
+        raise BadInput(f"--exact_match needs examples with answers, and {data.source} has none")
     padding = data.tokenizer.encode_ordinary("\n")[0] if data.spec["name"] == "char" else \
         data.tokenizer.eot_token
+    x_0 = torch.from_numpy(texts)
     is_padding = (x_0 != padding).flip(1).cumsum(1).flip(1) == 0
-    answers = torch.where(free, x_0, -1)
+    answers = torch.where(prompts < 0, x_0, -1)
     answers[:, 1:][is_padding[:, :-1]] = -1
     return answers.numpy()
 
+
+# ---- the curve over temperature -----------------------------------------------------------------
 
 def ppl_at(target, entropies, log_ppls):
     """gen_ppl where the curve over temperatures has the entropy `target`: log-linear between
@@ -68,7 +173,6 @@ def ppl_at(target, entropies, log_ppls):
         return math.copysign(np.inf, target - entropies.max())
     order = np.argsort(entropies)
     return np.exp(np.interp(target, entropies[order], log_ppls[order]))
-
 
 
 def next_temperature(done, entropies, target, margin=0.03, most=6):
@@ -81,20 +185,74 @@ def next_temperature(done, entropies, target, margin=0.03, most=6):
     return [following] * (following > 0)
 
 
-
-def check_mauve(args):
-    if {*args.judge} <= {"none", "ngram"}:
-        raise BadInput(f"--mauve needs the hidden states of a judge and {args.judge[0]} has none: "
-                       "add ar, or leave --mauve out")
-    if not find_spec("mauve"):
-        raise BadInput("--mauve needs a package: pip install -r requirements-eval.txt")
+def following(temperatures, curve, real):
+    entropies = [record["entropy"] for record, _ in curve]
+    return next_temperature(temperatures, entropies, real["entropy"][0])
 
 
-def mauve(p, q):                                           # (N, D), (M, D) -> 0 ... 1
-    """MAUVE (arXiv 2102.01454) of two sets of features, a row a text: 1 where they are alike."""
-    from mauve import compute_mauve
-    return float(compute_mauve(p_features=p, q_features=q, verbose=False).mauve)
+def match_entropy(curve, real):
+    """Add gen_ppl_matched, read off the curve of a setting at the entropy of held-out text. A point
+    is no curve."""
+    if len(curve) == 1:
+        return
+    entropies = np.stack([x["entropy"] for _, x in curve], 1)
+    for key in [key for key in real if key.startswith("gen_ppl")]:
+        log_ppls = np.log(np.stack([x[key] for _, x in curve], 1))
+        x = np.array([ppl_at(*point) for point in zip(real["entropy"], entropies, log_ppls)])
+        for record, _ in curve:
+            record |= summary(key.replace("gen_ppl", "gen_ppl_matched"), x)
 
+
+# ---- judges -------------------------------------------------------------------------------------
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def ask(judge, name, tokens, with_gradients):
+    """-> Score, or a sentence on what is wrong with the judge of this name."""
+    try:
+        score = judge(tokens, GROUPS if with_gradients else 0)
+    except (RuntimeError, ValueError, LookupError) as error:
+        raise BadInput(f"--judge {name} cannot read the text ({first_line(error)}); take another "
+                       "judge") from None
+    if not (np.isfinite(score.nll).all() and score.tokens.sum()):
+        raise BadInput(f"--judge {name} gives NaN, or sees no token in the text; take another")
+    return score
+
+
+def train_judge(path, args, data):
+    """Run train.py for the judge of this run, unless there is a whole one."""
+    if Path(path).exists():
+        state = checkpoint.load(path)
+        if state["step"] >= state["updates"]:
+            return
+    print(f"{path} is not there or not finished: training it", flush=True)
+    command = [sys.executable, str(Path(__file__).parent.with_name("train.py")), "--stage=judge",
+               "--resume", f"--process={args.process}", f"--out={args.out}",
+               f"--data={data.source}", f"--tokenizer={data.spec['name']}",
+               f"--block_size={data.block_size}", f"--cache={args.cache}"]
+    if args.device:
+        command.append(f"--device={args.device}")
+    if args.no_compile:
+        command.append("--no-compile")
+    status = subprocess.run(command).returncode
+    if status:
+        raise BadInput(f"--judge ar: training it ended with status {status}; mend what it says "
+                       "above, or take --judge ngram or none")
+
+
+def check_judge(path, meta, data):
+    """Can it judge this text?"""
+    if meta["process"] != "ar" or meta["tokenizer"] != data.spec:
+        raise BadInput(f"{path} cannot judge this text: it is a {meta['process']} model, or of "
+                       "another tokenizer; train one with train.py --stage judge")
+    if meta["step"] < meta["updates"]:
+        raise BadInput(f"{path} has done {meta['step']} of {meta['updates']} updates; finish it "
+                       "with train.py --stage judge --resume")
+    if meta["data_key"] != data.key:
+        raise BadInput(f"{path} was trained on other text than {data.source} and cannot judge it; "
+                       "take --judge ar or another file")
 
 
 def hub_judge(name, device, data):
@@ -119,8 +277,9 @@ def hub_judge(name, device, data):
         return output.hidden_states[-1], output.logits
 
     def encode_row(row):
-        return tokenizer(data.tokenizer.decode(row), add_special_tokens=False, truncation=True,
-                         max_length=longest).input_ids
+        ids = tokenizer(data.tokenizer.decode(row), add_special_tokens=False, truncation=True,
+                        max_length=longest).input_ids
+        return ids or [0]                   # of no text: one token, which is not counted
 
     def decode(ids):
         return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -169,7 +328,6 @@ def shuffle_words(tokens, tokenizer, rng):                 # (L,) -> (L,)
     return np.concatenate([units[i] for i in order])
 
 
-
 def ngram_texts(ngram, num_texts, length, target, seed):
     """-> texts (N, L) whose mean entropy is about `target`, and their temperature: by bisection."""
     low, high = 0.25, 4.0
@@ -181,7 +339,6 @@ def ngram_texts(ngram, num_texts, length, target, seed):
         else:
             high = temperature
     return sample_ngram(ngram, num_texts, length, seed, temperature), temperature
-
 
 
 def control_rows(measure, data, real, seed):
@@ -199,22 +356,7 @@ def control_rows(measure, data, real, seed):
             measure(ngrams, kind="control", model="n-gram", temperature=temperature)[0]]
 
 
-
-def following(temperatures, curve, real):
-    entropies = [record["entropy"] for record, _ in curve]
-    return next_temperature(temperatures, entropies, real["entropy"][0])
-
-
-def match_entropy(curve, real):
-    """Add gen_ppl_matched, read off the curve of a setting at the entropy of held-out text."""
-    entropies = np.stack([x["entropy"] for _, x in curve], 1)
-    for key in [key for key in real if key.startswith("gen_ppl")]:
-        log_ppls = np.log(np.stack([x[key] for _, x in curve], 1))
-        x = np.array([ppl_at(*point) for point in zip(real["entropy"], entropies, log_ppls)])
-        for record, _ in curve:
-            record |= summary(key.replace("gen_ppl", "gen_ppl_matched"), x)
-
-
+# ---- two judges, and checks ---------------------------------------------------------------------
 
 def disagreement(records, key):
     """A sentence on the rows that the judge of `key` orders otherwise than the first, or ""."""
@@ -226,5 +368,35 @@ def disagreement(records, key):
             swapped.append((min(abs(first), abs(other)), " and ".join(labels)))
     if not swapped:
         return f"gen_ppl and {key}, two judges, order the rows alike"
-    return (f"gen_ppl and {key}, two judges, order {len(swapped)} pairs of rows "
-                        f"differently, most of all {max(swapped)[1]}")
+    return (f"gen_ppl and {key}, two judges, order {len(swapped)} pairs of rows differently, most "
+            f"of all {max(swapped)[1]}")
+
+
+def check_flags(args):
+    if len(args.judge) > len(SUFFIXES) or "none" in args.judge[not args.sweep:]:
+        raise BadInput(f"--judge {' '.join(args.judge)}: give {len(SUFFIXES)} at most, and none "
+                       "stands alone, without --sweep")
+    if args.mauve and {*args.judge} <= {"none", "ngram"}:
+        raise BadInput(f"--mauve needs the hidden states of a judge and {args.judge[0]} has none: "
+                       "add ar, or leave --mauve out")
+    if args.mauve and not find_spec("mauve"):
+        raise BadInput("--mauve needs a package: pip install -r requirements-eval.txt")
+    if args.records and args.records.exists():
+        read_records(args.records)                         # before the hours of work, not after
+
+
+def check_number(n, with_mauve):
+    if n < (MIN_MAUVE if with_mauve else MIN_TEXTS):
+        raise BadInput(f"{n} texts a row, by --num_texts or as half of the held-out ones: an "
+                       f"interval needs {MIN_TEXTS}, and MAUVE {MIN_MAUVE} for ten clusters")
+
+
+def check_text(metas, data):
+    """Can the texts of these networks, name -> meta, be compared with this one?"""
+    for name, meta in metas.items():
+        if meta["tokenizer"] != data.spec:
+            raise BadInput(f"{name} has another tokenizer than {data.source}: give the --data that "
+                           "it was trained on")
+        if meta.get("data_key") != data.key:
+            print(f'note: {name} was not trained on {data.source} as it is: what is "held-out" of '
+                  "it may have been trained on")

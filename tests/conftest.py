@@ -23,6 +23,28 @@ import checkpoint                                                    # noqa: E40
 from data import BadInput                                            # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_twice():
+    """What one run does not notice and hundreds of short ones do: the clock of each K is computed
+    once, and a seed formats no stack for a GPU that is not there."""
+    import gaussian
+    exact = gaussian.gamma_of_alpha
+    known = {}
+
+    def remembered(alpha, K):
+        key = (K, *alpha.tolist())
+        if key not in known:
+            known[key] = exact(alpha, K)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaussian, "gamma_of_alpha", remembered)
+        for device in torch.cuda, torch.xpu, torch.mtia:
+            if not device.is_available():
+                patch.setattr(device, "manual_seed_all", lambda seed: None, raising=False)
+        yield
+
+
 @pytest.fixture
 def rng():
     """A seeded CPU generator; every draw of a test comes from one."""
@@ -182,6 +204,13 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
+def blind(monkeypatch):
+    """A save measures nothing and writes no text, which takes longer than an update."""
+    import run
+    monkeypatch.setattr(run.Run, "show", lambda self, step: None)
+
+
+@pytest.fixture
 def runs(tiny, trained):
     """A working folder with a copy of the finished runs: out/mdlm and out/duo. -> the folder"""
     shutil.copytree(trained / "out", tiny / "out")
@@ -191,30 +220,56 @@ def runs(tiny, trained):
 # ---- scripts in processes of their own ----------------------------------------------------------
 
 def run_script_in_child(script, argv, folder, env, output):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     import train
     os.chdir(folder)
     os.environ.update(env)
     for fd in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    sys.stdout = open(1, "w", encoding="utf-8")            # not what pytest captures
+    sys.stderr = open(2, "w", encoding="utf-8")
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *argv]
     train.PRESETS["tiny"] = dict(TINY)
     checkpoint.run_script(importlib.import_module(script).main)
 
 
+def serve(pipe, other_end):
+    """Fork scripts, and wait for them, until the pipe closes."""
+    other_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in "torch._dynamo", "train", "sample", "toy":
+        importlib.import_module(name)       # once, not in every child
+    children = []
+    while True:
+        try:
+            number, task = pipe.recv()
+        except EOFError:
+            return
+        if number is None:
+            children.append(FORK.Process(target=run_script_in_child, args=task))
+            children[-1].start()
+            pipe.send((len(children) - 1, children[-1].pid))
+        else:
+            children[number].join(task)
+            pipe.send(children[number].exitcode)
+
+
 class Child:
     """A script in a process that can be killed."""
 
-    def __init__(self, context, script, argv, folder, env, output):
+    def __init__(self, server, script, argv, folder, env, output):
+        self.server = server
         self.output = output
-        self.process = context.Process(
-            target=run_script_in_child, args=(script, argv, folder, env, output))
-        self.process.start()
+        self.number, self.pid = self.ask(None, (script, argv, folder, env, output))
+
+    def ask(self, number, task):
+        self.server.send((number, task))
+        return self.server.recv()
 
     def wait(self, seconds=60):
         """-> exit status (minus a signal's number), everything that was printed"""
-        self.process.join(seconds)
-        return self.process.exitcode, self.printed()
+        return self.ask(self.number, seconds), self.printed()
 
     def printed(self):
         return self.output.read_text(encoding="utf-8") if self.output.exists() else ""
@@ -223,34 +278,45 @@ class Child:
         """Until the script has printed this."""
         end = time.time() + seconds
         while text not in self.printed():
-            assert self.process.is_alive() and time.time() < end, self.printed()
+            assert self.wait(0)[0] is None and time.time() < end, self.printed()
             time.sleep(0.005)
 
     def send(self, signal_number):
-        os.kill(self.process.pid, signal_number)
+        os.kill(self.pid, signal_number)
         return self.wait()
 
 
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server():
+    """A process that forks scripts: it has imported torch, so one costs 0.1 s, not 4. It starts
+    before any backward pass, after which torch cannot be forked."""
+    pipe, other_end = FORK.Pipe()
+    process = FORK.Process(target=serve, args=(other_end, pipe))
+    process.start()
+    other_end.close()
+    yield pipe
+    pipe.close()
+    process.join()
+
+
 @pytest.fixture
-def start(tmp_path):
-    """start("train", flags, RANK="1", ...) -> Child. Forked from a server that has imported torch:
-    a process costs 0.1 s, not 3."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "torch._dynamo", "train", "sample"])
+def start(tmp_path, server):
+    """start("train", flags, RANK="1", ...) -> Child"""
     children = []
 
     def start_script(script, flags, **env):
         argv = tiny_flags(flags) if script == "train" else flags.split()
         output = tmp_path / f"printed-{len(children)}"
-        with pytest.MonkeyPatch.context() as patch:            # the server imports from there
-            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-            children.append(Child(context, script, argv, os.getcwd(), env, output))
+        children.append(Child(server, script, argv, os.getcwd(), env, output))
         return children[-1]
 
     yield start_script
     for child in children:
-        child.process.kill()
-        child.process.join()
+        if child.wait(0)[0] is None:
+            child.send(signal.SIGKILL)
 
 
 # ---- refusals -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 from dataclasses import asdict
 
@@ -18,7 +19,7 @@ import torch
 
 import checkpoint
 from checkpoint import export, load, load_network, make_process, provenance, run_script, save
-from conftest import refused, seeded
+from conftest import ROOT, refused, seeded
 from data import BadInput
 from model import DiT, ModelConfig
 from teacher import Masked, Uniform
@@ -406,7 +407,7 @@ def test_which_process_it_is(tmp_path, name, V, flag, config, process):
     ("mdlm", 13, None, {"vocab_size": 12}, ["12 tokens"]),
     ("mdlm", 13, None, {"n_blocks": 10 ** 9}, ["'num_layers': 1000000000"]),
     ("mdlm", 13, None, {"model_length": "long"}, ["block_size 'long' is no int"]),
-    ("mdlm", 13, None, {"sha256": "00"}, ["not the file that config.json was written for"])])
+    ("mdlm", 13, None, {"sha256": "00"}, ["not as they were exported together"])])
 def test_contradictions_of_a_config(tmp_path, name, V, flag, config, words):
     path = write(tmp_path / name, synthetic(V=V), **CHAR, **config)
     refused(lambda: load_network(path, "cpu", flag), *words)
@@ -487,6 +488,69 @@ def test_export_and_import_are_the_identity(tmp_path, process, V, rng):
     refused(lambda: load_network(tmp_path / "out", "cpu", other), process, other)
 
 
+def exported(tmp_path):
+    """-> the folder of an export, its network, the text of its config.json"""
+    net = small_net()
+    meta = {key: value for key, value in state_of(net).items() if key != "ema"}
+    export(net, meta, tmp_path / "out")
+    return tmp_path / "out", net, (tmp_path / "out/config.json").read_text(encoding="utf-8")
+
+
+def test_every_flip_in_a_config_is_seen(tmp_path):
+    """A bit is another, or a character; in the checksum and its name at every place."""
+    folder, net, text = exported(tmp_path)
+    path = folder / "config.json"
+    data = text.encode("utf-8")
+    draw = random.Random(0)
+    changed = []
+    for place in [*range(0, len(data) - 80, 3), *range(len(data) - 80, len(data))]:
+        character = draw.choice([c for c in b' 07aAfg_",:{' if c != data[place]])
+        byte = character if place % 2 else data[place] ^ 1 << draw.randrange(8)
+        changed.append(data[:place] + bytes([byte]) + data[place + 1:])
+    changed += [data[:-2], data + b" ", data.replace(b"sha256", b"sha-256")]
+    assert len(changed) > 200 and b'"sha256"' in data[-80:]
+    for other in changed:
+        path.write_bytes(other)
+        refused(lambda: load_network(folder), "out cannot be used")
+    path.write_bytes(data.replace(b"\n", b"\r\n"))        # what git makes of it on Windows
+    assert same(load_network(folder)[0], net)
+
+
+def test_files_of_two_exports_do_not_mix(tmp_path):
+    folder, _, text = exported(tmp_path)
+    meta = {key: value for key, value in state_of(small_net()).items() if key != "ema"}
+    export(small_net(), meta | {"step": 5}, tmp_path / "other")
+    same_weights = (tmp_path / "other/model.safetensors").read_bytes()
+    assert same_weights == (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "other/config.json").read_text(encoding="utf-8") != text
+    export(small_net(1), meta, tmp_path / "third")
+    (tmp_path / "third/config.json").replace(folder / "config.json")
+    refused(lambda: load_network(folder), "not as they were exported together")
+
+
+def test_an_earlier_export_is_read(tmp_path):
+    """It states the checksum of the weights alone; an entry of its config may have been changed,
+    the weights not."""
+    folder, net, text = exported(tmp_path)
+    config = json.loads(text)
+    weights = folder / "model.safetensors"
+    config["sha256"] = checkpoint.checksum(weights.read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"seed": 7}), encoding="utf-8")
+    found, meta = load_network(folder)
+    assert same(found, net) and meta["seed"] == 7
+    write(folder, {key: w + 1 for key, w in safetensors.torch.load_file(weights).items()})
+    refused(lambda: load_network(folder), "not as they were exported together")
+
+
+def test_the_shipped_model_is_whole(tmp_path):
+    shipped = ROOT / "assets/shakespeare/idlm"
+    assert load_network(shipped)[1]["stage"] == "idlm"
+    shutil.copytree(shipped, tmp_path / "idlm")
+    config = tmp_path / "idlm/config.json"
+    config.write_text(config.read_text(encoding="utf-8").replace("3000", "3001"), encoding="utf-8")
+    refused(lambda: load_network(tmp_path / "idlm"), "not as they were exported together")
+
+
 def test_export_never_overwrites(tmp_path):
     net = small_net()
     meta = {key: value for key, value in state_of(net).items() if key != "ema"}
@@ -529,6 +593,9 @@ def raising(error):
 
 
 def test_one_sentence(monkeypatch):
+    line = ended(raising(torch.OutOfMemoryError("CUDA out of memory.\nTried")), monkeypatch)
+    assert line.startswith("train.py: the GPU's memory is full") and "stays" in line
+    assert all(flag in line for flag in ("--micro_batch", "--batch_size", "--num_texts"))
     assert ended(raising(BadInput("no")), monkeypatch) == "train.py: no"
     assert "--resume" in ended(raising(KeyboardInterrupt()), monkeypatch)
     line = ended(lambda: open("none/x"), monkeypatch)

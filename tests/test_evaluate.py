@@ -2,6 +2,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 import types
 from collections import Counter
@@ -45,7 +46,7 @@ def ngram(data):
 def tiny(vocab_size, causal=False, seed=0):
     """A network whose output does depend on its input (a fresh one predicts the flat row)."""
     torch.manual_seed(seed)
-    net = DiT(ModelConfig(vocab_size, num_layers=2, num_heads=2, width=16, cond_dim=8, dropout=0.0,
+    net = DiT(ModelConfig(vocab_size, num_layers=1, num_heads=2, width=16, cond_dim=8, dropout=0.0,
                           causal=causal))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -64,8 +65,7 @@ def causal_judge(net):
 
 
 BASE = {"process": "mdlm", "block_size": L, "seed": 1, "dtype": "float32", "judge": "a judge"}
-COLUMNS = ("gen_ppl bits_per_char entropy distinct4 repetition overlap known_words "
-           "ngram_bits").split()
+COLUMNS = "gen_ppl bits_per_char entropy distinct4 repetition overlap known_words".split()
 
 
 # ---- metrics ------------------------------------------------------------------------------------
@@ -76,12 +76,12 @@ def test_examples_of_the_docstrings():
     assert evaluate.repetition(codes("ababab", "abcdef")) == pytest.approx([1 / 3, 0])
     assert evaluate.distinct4(codes("abcde", "abcdf")) == pytest.approx([0.75, 0.75])
     assert evaluate.distinct4(codes("abcde", "abcde", "vwxyz")).mean() == pytest.approx(4 / 6)
-    assert evaluate.overlap(codes("abcde", "abcdf")) == pytest.approx([0.5, 0.5])
-    assert evaluate.overlap(codes("abcdef", "abcdxx", "abcdab")) == pytest.approx([1 / 3] * 3)
-    assert evaluate.overlap(codes("aaaaab", "aaaaaa")) == pytest.approx([0.5, 1])   # different ones
-    assert evaluate.whole_words("he cat's mew") == ["cat's"]
-    assert evaluate.whole_words("\nO, 'tis 3 x_y!") == ["O", "'tis", "x", "y"]
-    assert evaluate.whole_words("cut") == evaluate.whole_words("") == []
+    assert measures.overlap(codes("abcde", "abcdf")) == pytest.approx([0.5, 0.5])
+    assert measures.overlap(codes("abcdef", "abcdxx", "abcdab")) == pytest.approx([1 / 3] * 3)
+    assert measures.overlap(codes("aaaaab", "aaaaaa")) == pytest.approx([0.5, 1])   # different ones
+    assert measures.whole_words("he cat's mew") == ["cat's"]
+    assert measures.whole_words("\nO, 'tis 3 x_y!") == ["O", "'tis", "x", "y"]
+    assert measures.whole_words("cut") == measures.whole_words("") == []
     g, r = np.array([[1.0], [3.0]]), np.array([[0.0], [1.0]])
     assert measures.gradient_moment(g, r).mean() == pytest.approx(2)
     assert ppl_at(2.6, np.array([2.5, 2.7]), np.array([1.0, 1.4])) == pytest.approx(math.exp(1.2))
@@ -105,10 +105,10 @@ def test_four_grams_of_large_vocabularies_stay_apart():
     texts = [set(tuples[57 * i:57 * i + 57]) for i in range(5)]
     assert evaluate.repetition(x) == pytest.approx([1 - len(text) / 57 for text in texts])
     after = texts[1:] + texts[:1]
-    assert evaluate.overlap(x) == pytest.approx([len(a & b) / len(a) for a, b in zip(texts, after)])
+    assert measures.overlap(x) == pytest.approx([len(a & b) / len(a) for a, b in zip(texts, after)])
 
 
-def test_gradient_moment_is_unbiased():
+def test_gradient_moment_is_unbiased(fewer_resamples):
     """d_i = mu + noise of variance 1 in P = 50 coordinates, m = 8 groups, |mu|^2 = 0.5. The square
     of the mean difference would be 0.5 + 50/8 = 6.75. Var <= 4 |mu|^2 / 8 + 2 P / 56 = 2.0, so the
     mean of 2,000 has sd 0.032; 0.15 is 4.7 of them: false alarm below 1e-5. The intervals of 200
@@ -122,6 +122,15 @@ def test_gradient_moment_is_unbiased():
     assert coverage(0.5, lambda: (next(drawn),), 200) > 0.85
 
 
+@pytest.fixture
+def fewer_resamples(monkeypatch):
+    """300 instead of 1,000, which cost most of the time."""
+    monkeypatch.setattr(evaluate, "RESAMPLES", 300)
+    evaluate.resamples.cache_clear()
+    yield
+    evaluate.resamples.cache_clear()
+
+
 def coverage(truth, draw, n):
     hit = 0
     for i in range(n):
@@ -131,7 +140,7 @@ def coverage(truth, draw, n):
     return hit / n
 
 
-def test_interval_covers_what_it_should():
+def test_interval_covers_what_it_should(fewer_resamples):
     """Ratios of a known mean (gamma sums over random lengths), 50 texts. Percentile intervals of 50
     skewed values cover about 0.93 of the time; 400 trials have sd 0.013, so [0.88, 0.985] is missed
     with odds below 1e-4, while an interval half as wide covers 0.67."""
@@ -143,7 +152,7 @@ def test_interval_covers_what_it_should():
     assert 0.88 < coverage(2.0, draw, 400) < 0.985
 
 
-def test_interval_of_distinct4():
+def test_interval_of_distinct4(fewer_resamples):
     """Texts of a Zipf source: the intervals should cover the expected distinct-4 of as many texts
     (the mean over 300 draws) about 0.95 of the time. 300 trials have sd 0.013: below 0.88 is 5 of
     them, and not one miss has odds of 0.95^300 = 2e-7."""
@@ -275,10 +284,12 @@ def test_a_pretrained_judge_reads_text_with_its_tokenizer(data, monkeypatch, nam
     assert scores.grads.shape == (2, 200 * 16)
 
 
-def test_ngram_sums_to_one_and_is_its_formula(data, ngram):
+def test_ngram_sums_to_one_and_is_its_formula(data):
     """Against a dictionary of counts and the recursion written out; the sum over all continuations
-    of seen, unseen and cut-off contexts is 1."""
-    K, x = data.K, data.train.tolist()
+    of seen, unseen and cut-off contexts is 1. Of 30,000 characters."""
+    K = data.K
+    few = types.SimpleNamespace(train=data.train[:30_000], K=K, examples=False, block_size=L)
+    ngram, x = NGram(few, 6), few.train.tolist()
     grams = Counter(tuple(x[i:i + k]) for k in range(1, 7) for i in range(len(x) - k + 1))
     followed = Counter(tuple(x[i:i + k]) for k in range(6) for i in range(len(x) - k))
 
@@ -286,7 +297,7 @@ def test_ngram_sums_to_one_and_is_its_formula(data, ngram):
         below = p(context[1:], c) if context else 1 / K
         return (grams[context + (c,)] + 20 * below) / (followed[context] + 20)
 
-    seen = data.val_blocks(3).x_0.numpy()[:, :8]
+    seen = np.array(x[10_000:10_024]).reshape(3, 8)
     unseen = np.random.default_rng(0).integers(K, size=(3, 8))
     for row in np.concatenate([seen, unseen]):
         tokens = tuple(row.tolist())
@@ -352,7 +363,7 @@ def test_every_control_is_exposed_by_a_column(data):
                 or record[f"{name}_ci"][1] < real[f"{name}_ci"][0]}
     assert "gen_ppl" in exposed(shuffled) and shuffled["entropy"] == pytest.approx(real["entropy"])
     assert {"overlap", "distinct4"} <= exposed(repeated)
-    assert repeated["overlap"] == pytest.approx(1 - evaluate.overlap(blocks[1::2]).mean())
+    assert repeated["overlap"] == pytest.approx(1 - measures.overlap(blocks[1::2]).mean())
     assert "known_words" in exposed(ngrams)
     assert abs(ngrams["entropy"] - real["entropy"]) < 0.03
     assert abs(real["overlap"]) < 0.05
@@ -400,7 +411,7 @@ def test_records_of_a_sweep(data, ngram, monkeypatch):
             low, high = record[name + "_ci"]
             assert low - 1e-9 <= record[name] <= high + 1e-9, name
             assert low < high or name == "repetition", name   # cold texts: each repeats its half
-        assert record["bits_per_char"] == record["ngram_bits"] == record["bits_per_char_2"]
+        assert record["bits_per_char"] == record["bits_per_char_2"]
         assert record["bits_per_char"] == pytest.approx(math.log2(record["gen_ppl"]))
         assert record.items() >= (base | {"n_texts": 40}).items()
     assert hot.items() >= {"model": "noisy", "kind": "model", "order": "even", "steps": 4,
@@ -485,20 +496,28 @@ def save_network(path, net, process, data, **changes):
         ema=net.state_dict()) | changes)
 
 
-@pytest.fixture
-def run_folder(data, tmp_path, monkeypatch):
-    """Run folders of tiny networks that were never trained, below a working folder of their own."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def networks(data, tmp_path_factory):
+    """Run folders of tiny networks that were never trained."""
+    folder = tmp_path_factory.mktemp("networks")
     for process, names, V in (("mdlm", "teacher idlm", data.K + 1),
                               ("duo", "teacher dcd idlm", data.K)):
         for i, name in enumerate(names.split()):
-            save_network(Path(f"out/{process}/{name}.pt"), tiny(V, seed=i), process, data)
+            save_network(folder / f"out/{process}/{name}.pt", tiny(V, seed=i), process, data)
     judge = tiny(data.K, causal=True)
-    save_network(Path("out/mdlm/judge.pt"), judge, "ar", data)
-    save_network(Path("half.pt"), judge, "ar", data, updates=2)
-    save_network(Path("elsewhere.pt"), judge, "ar", data, data_key="0")
-    save_network(Path("other.pt"), tiny(5, causal=True), "ar", data,
+    save_network(folder / "out/mdlm/judge.pt", judge, "ar", data)
+    save_network(folder / "half.pt", judge, "ar", data, updates=2)
+    save_network(folder / "elsewhere.pt", judge, "ar", data, data_key="0")
+    save_network(folder / "other.pt", tiny(5, causal=True), "ar", data,
                  tokenizer={"name": "char", "chars": "abcde"})
+    return folder
+
+
+@pytest.fixture
+def run_folder(networks, tmp_path, monkeypatch):
+    """A working folder with a copy of them. -> the folder"""
+    shutil.copytree(networks, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -543,8 +562,9 @@ def test_precision_of_sampling(run_folder, monkeypatch, dtype):
     assert seen == {getattr(torch, dtype)}
 
 
-def test_short_table(run_folder, capsys):
+def test_short_table(run_folder, data, monkeypatch, capsys):
     """Even steps of 32 positions are at most 32; whatever is wrong costs one line."""
+    monkeypatch.setattr(evaluate, "sample", ramp(data, lambda t: 0.1))
     evaluate.short_table(Path("out/mdlm"), "mdlm", torch.device("cpu"), 5)
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
     rows = [tuple(cell.strip() for cell in line[1:4]) for line in lines[2:-1]]
@@ -569,7 +589,7 @@ def test_a_missing_judge_is_trained(run_folder, monkeypatch, data):
         assert (str(args.device), args.cache, args.no_compile) == ("cpu", "c", True)
         Path(args.out, "judge.pt").write_bytes(Path("out/mdlm/judge.pt").read_bytes())
         return types.SimpleNamespace(returncode=status)
-    monkeypatch.setattr(evaluate, "subprocess", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(measures, "subprocess", types.SimpleNamespace(run=run))
     flags = SMALL + ["--process", "duo", "--models", "idlm", "--cache", "c", "--no-compile"]
     evaluate.main(flags)
     assert {r["judge"] for r in evaluate.read_records("out/duo/eval.json")} == {"ar"}

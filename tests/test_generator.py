@@ -7,6 +7,7 @@ a product of small matrices: one a step, from every text to every text. Samples 
 by a chi-square test whose odds of a false alarm are below 1e-5 each; seeds are fixed.
 """
 import math
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -15,8 +16,8 @@ import torch.nn.functional as F
 
 import oracle
 from conftest import assert_law, law_score, random_dit, seeded
-from generator import (Latent, draw_latent, generate_probs, mixture_log_prob, reveal_steps, sample,
-                       uniform_step, warp)
+from generator import (Latent, draw, draw_latent, draw_with_log_prob, generate_probs,
+                       mixture_log_prob, reveal_steps, sample, surest, uniform_step, warp)
 from teacher import Masked, Uniform
 
 K, L = 3, 3
@@ -84,6 +85,8 @@ EVEN = {1: (0,), 2: (0, 1), 3: (0, 2, 1)}                  # of n steps, the one
 def masked_law(f, steps, order, prompt=(-1,) * L):
     """(K^L,): the law of finished texts. random: step i of N reveals with probability (t - s) / t =
     1 / (N - i). even: one of n = min(N, L) turns starts at each position equally often."""
+    if order == "confident":
+        return confident_law(f, f, steps, prompt)
     start = oracle.index_of(torch.tensor([MASK if v < 0 else v for v in prompt]), K + 1)
     if order == "random":
         chances = [[[1 / (steps - i)] * L for i in range(steps)]]
@@ -103,11 +106,35 @@ def masked_law(f, steps, order, prompt=(-1,) * L):
     return law
 
 
+def confident_law(f, sureness, steps, prompt=(-1,) * L):
+    """(K^L,): a token is drawn from f at every [MASK]; the `due` ones that `sureness` puts first
+    stay, where due spreads what is left over the steps that are left, and the others are forgotten.
+    Both are (V^L, L, K)."""
+    law = {tuple(MASK if v < 0 else v for v in prompt): 1.0}
+    for i in range(steps):
+        after = Counter()
+        for text, chance in law.items():
+            row = oracle.index_of(torch.tensor(text), K + 1)
+            masked = [l for l in range(L) if text[l] == MASK]
+            due = len(masked) // (steps - i)
+            for drawn in product(range(K), repeat=len(masked)):
+                drawn = list(zip(masked, drawn))
+                kept = sorted(drawn, key=lambda lv: -sureness[row, lv[0], lv[1]])[:due]
+                written = list(text)
+                for l, v in kept:
+                    written[l] = v
+                after[tuple(written)] += chance * math.prod(f[row, l, v].item() for l, v in drawn)
+        law = after
+    law = torch.tensor([law[tuple(x)] for x in oracle.texts(K, L).tolist()], **f64)
+    assert abs(law.sum() - 1) < 1e-12                      # no [MASK] is left
+    return law
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 7])
-@pytest.mark.parametrize("order", ["random", "even"])
+@pytest.mark.parametrize("order", ["random", "even", "confident"])
 def test_masked_texts_follow_the_exact_law(order, steps, rng):
-    """27 texts, 50,000 samples. The laws of other numbers of steps and of the other order are far
-    off: the samples fail against those. Even order takes no more passes than positions."""
+    """27 texts, 50,000 samples. The laws of other numbers of steps and of other orders are far off:
+    the samples fail against those. Only random order may leave a pass out before all is written."""
     net = masked_table(rng)
     f = net.logits[..., :K].softmax(-1)
     out = sample(net, MASKED, 50_000, L, steps, rng, order=order)
@@ -115,15 +142,15 @@ def test_masked_texts_follow_the_exact_law(order, steps, rng):
     assert_law(index, masked_law(f, steps, order))
     assert out.tokens.dtype == torch.int64 and out.tokens.shape == (50_000, L)
     assert out.nfe.min() >= 1 and out.nfe.max() <= steps and len(net.seen) <= steps
-    if order == "even":
+    if order != "random":
         assert (out.nfe == min(steps, L)).all()
     if steps > 1:
-        other = "even" if order == "random" else "random"
         assert law_score(index, masked_law(f, 1, order)) > 10
-        assert law_score(index, masked_law(f, steps, other)) > 10
+        for other in {"random", "even", "confident"} - {order}:
+            assert law_score(index, masked_law(f, steps, other)) > 10
 
 
-@pytest.mark.parametrize("order", ["random", "even"])
+@pytest.mark.parametrize("order", ["random", "even", "confident"])
 def test_prompted_texts_follow_the_conditional_law(order, rng):
     """One given token in the middle, two steps."""
     net = masked_table(rng)
@@ -147,6 +174,9 @@ def test_temperature_and_top_p_change_the_law_as_they_say(rng):
     index = oracle.index_of(out.tokens, K)
     assert_law(index, masked_law(f, 2, "random"))
     assert law_score(index, masked_law(uncut, 2, "random")) > 10
+    out = sample(net, MASKED, 50_000, L, 2, rng, temperature=0.7, top_p=0.8, order="confident")
+    index = oracle.index_of(out.tokens, K)                 # drawn from f, ranked by the network
+    assert_law(index, confident_law(f, net.logits[..., :K].softmax(-1), 2))
 
 
 def uniform_rows(net, i, steps, ending, length):
@@ -277,6 +307,33 @@ def test_even_order_halves_the_gaps(rng):
             assert (when[:, i:i + n].sort(1).values == torch.arange(n)).all()
 
 
+def test_surest_tokens():
+    """Four texts of which 1, 2, 0 and 3 tokens are due: those of the largest log-probability among
+    the positions that drew one."""
+    where = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]]).bool()
+    tokens = torch.tensor([10, 11, 12, 20, 22, 30, 31, 32])
+    log_p = torch.tensor([-3.0, -1.0, -2.0, -9.0, -1.0, -4.0, -5.0, 0.0])
+    drawn = torch.stack([tokens, log_p], 1)
+    chosen, kept = surest(drawn, where, torch.tensor([1, 2, 0, 3]))
+    assert chosen.tolist() == [[False, True, False], [True, False, True], [False] * 3, [True] * 3]
+    assert kept.tolist() == [11, 20, 22, 30, 31, 32] and kept.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.1, 1.0), (1.0, 0.3), (1.0, 1e-9)])
+def test_a_token_and_its_probability(dtype, temperature, top_p, rng):
+    """What `draw` draws, exact as a float for every token of GPT-2 and more; beside it the
+    logarithm of its probability in the row as the network gave it."""
+    logits = (2 * torch.randn(5, 70_000, generator=rng)).to(dtype)
+    u = torch.rand(5, generator=rng, **f64)
+    tokens = draw(logits, u, temperature, top_p)
+    drawn = draw_with_log_prob(logits, u, temperature, top_p)
+    wide = torch.promote_types(dtype, torch.float32)
+    log_p = logits.to(wide).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    assert torch.equal(drawn[:, 0].long(), tokens) and drawn.dtype == wide
+    torch.testing.assert_close(drawn[:, 1], log_p)
+
+
 def test_warp(rng):
     """Divided by the temperature; then the fewest tokens that hold top_p, as they are."""
     logits = torch.randn(50, 20, generator=rng, **f64)
@@ -296,7 +353,8 @@ def test_warp(rng):
 # ---- what every run keeps -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
-def test_visible_tokens_stay_and_passes_are_counted(steps, rng):
+@pytest.mark.parametrize("order", ["random", "confident"])
+def test_visible_tokens_stay_and_passes_are_counted(order, steps, rng):
     """At every step: what is visible stays, a text has taken a pass only where it revealed
     something, and nothing is [MASK] at the end."""
     n, length = 50, 12
@@ -310,7 +368,7 @@ def test_visible_tokens_stay_and_passes_are_counted(steps, rng):
         called.append(step)
         states.append(x_t.clone())
 
-    out = sample(net, Masked(9), n, length, steps, rng, callback=callback)
+    out = sample(net, Masked(9), n, length, steps, rng, order=order, callback=callback)
     assert called == list(range(steps))
     changed = []
     for before, after in zip(states, states[1:]):
@@ -323,19 +381,21 @@ def test_visible_tokens_stay_and_passes_are_counted(steps, rng):
     assert len(net.seen) == sum(c.any().item() for c in changed)
 
 
-@pytest.mark.parametrize("process", [MASKED, UNIFORM], ids=["masked", "uniform"])
-def test_a_prompt_stays_wherever_it_stands(process, rng):
+@pytest.mark.parametrize("process, order", [
+    (MASKED, "random"), (MASKED, "confident"), (UNIFORM, "random")],
+    ids=["masked", "masked, confident", "uniform"])
+def test_a_prompt_stays_wherever_it_stands(process, order, rng):
     """All prompts of three positions, a prompt a text, and nothing to write: no pass."""
     net = masked_table(rng) if process is MASKED else UniformTable(rng, L)
     for prompt in product((-1, 1, 2), repeat=L):
         tokens = torch.tensor(prompt)
-        out = sample(net, process, 20, L, 3, rng, prompt=tokens)
+        out = sample(net, process, 20, L, 3, rng, prompt=tokens, order=order)
         assert (out.tokens[:, tokens >= 0] == tokens[tokens >= 0]).all()
         assert out.tokens.min() >= 0 and out.tokens.max() < K
         assert (tokens < 0).any() or (out.nfe == 0).all()
     each = torch.tensor([[0, -1, -1], [-1, 1, -1], [-1, -1, 2]])
     before = each.clone()
-    out = sample(net, process, 3, L, 2, rng, prompt=each)
+    out = sample(net, process, 3, L, 2, rng, prompt=each, order=order)
     assert (out.tokens[each >= 0] == each[each >= 0]).all() and torch.equal(each, before)
 
 
@@ -394,6 +454,76 @@ def test_the_shortcuts_change_nothing(prompt, rng):
         x = torch.where(reveal, (u[..., None] >= cdf).sum(-1), x)
         passes += takes
     assert torch.equal(out.tokens, x) and torch.equal(out.nfe, passes)
+
+
+# A text a line, with 0 to 6 positions to write (-1).
+STAIRS = [[0, 1, 1, 0, 1, 0], [0, 1, -1, 0, 1, 0], [-1, 1, 1, -1, 1, 0], [0, -1, -1, 0, -1, 0],
+          [-1, -1, -1, -1, 1, 0], [-1, -1, -1, -1, -1, 0], [-1, -1, -1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 11])
+@pytest.mark.parametrize("prompt", [[[-1] * 6] * 7, [[-1, 1, -1, -1, 0, -1]] * 7, STAIRS],
+                         ids=["blank", "one prompt", "0 to 6 to write"])
+def test_confident_order_is_a_plain_loop(prompt, steps, rng):
+    """All texts, all positions, one text after the other, with the same draws: of the tokens drawn
+    at the [MASK] of a text the likeliest stay, as many as are left over by the steps left. Texts of
+    which nothing is due yet sit out, the others' shapes vary: it writes the same texts."""
+    n, length, wide = 7, 6, 2
+    process = Masked(wide + 1)
+    net = oracle.Table(torch.randn(3 ** 6, length, wide + 1, generator=rng, **f64), wide + 1)
+    prompt = torch.tensor(prompt)
+    out = sample(net, process, n, length, steps, seeded(5), prompt=prompt, order="confident")
+
+    draws = seeded(5)
+    x = torch.where(prompt < 0, wide, prompt)
+    passes = torch.zeros(n, dtype=torch.int64)
+    for i in range(steps):
+        due = (x == wide).sum(1) // (steps - i)
+        takes = due > 0
+        if not takes.any():
+            continue
+        f = net.logits[oracle.index_of(x, wide + 1)][..., :wide].softmax(-1)
+        u = torch.zeros(n, length, **f64)
+        batch = slice(None) if 2 * takes.sum() > n else takes        # see pass_rows
+        u[batch] = torch.rand(u[batch].shape, generator=draws, **f64)
+        drawn = (u[..., None] >= f.cumsum(-1)).sum(-1)
+        for text in range(n):
+            masked = [l for l in range(length) if x[text, l] == wide]
+            masked.sort(key=lambda l: f[text, l, drawn[text, l]], reverse=True)
+            for l in masked[:due[text]]:
+                x[text, l] = drawn[text, l]
+        passes += takes
+    assert torch.equal(out.tokens, x) and torch.equal(out.nfe, passes)
+    assert torch.equal(passes, (prompt < 0).sum(1).clamp(max=steps))
+
+
+@pytest.mark.parametrize("steps", [6, 7, 20])
+def test_with_steps_for_all_the_surest_position_comes_next(steps, rng):
+    """Six positions, six steps or more, and draws that are the likeliest tokens (top_p): every pass
+    writes one position, the one whose likeliest token is the likeliest of all."""
+    length, wide = 6, 2
+    net = oracle.Table(torch.randn(3 ** 6, length, wide + 1, generator=rng, **f64), wide + 1)
+    states = [torch.full((1, length), wide)]
+    out = sample(net, Masked(wide + 1), 1, length, steps, rng, order="confident", top_p=1e-9,
+                 callback=lambda step, x: states.append(x.clone()))
+    assert len(net.seen) == out.nfe == length
+    for before, after in zip(states[steps - length:], states[steps - length + 1:]):
+        p = net.logits[oracle.index_of(before[0], wide + 1)][:, :wide].softmax(-1)
+        best, token = p.max(-1)
+        surest_one = best.masked_fill(before[0] != wide, -1).argmax()
+        assert (after != before)[0].nonzero().tolist() == [[surest_one]]
+        assert after[0, surest_one] == token[surest_one]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_confident_order_in_other_precisions(dtype, rng):
+    """Under autocast too: prompts stay, all is written, no text takes more passes than steps."""
+    net = random_dit(9, rng).float()
+    prompt = torch.tensor([-1, 5, -1, -1, 0, -1, -1, -1])
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype == torch.bfloat16):
+        out = sample(net, Masked(9), 30, 8, 4, rng, prompt=prompt, order="confident")
+    assert (out.tokens[:, prompt >= 0] == prompt[prompt >= 0]).all()
+    assert out.tokens.min() >= 0 and out.tokens.max() < 8 and (out.nfe == 4).all()
 
 
 def test_who_stays_whatever_f_is_needs_no_head(rng):

@@ -78,8 +78,7 @@ ROWS = {"masked": masked_rows, "hard": hard_rows, "soft": soft_rows}
 def noised(kind, G, eps, noise, rng, tau):
     """x_t as the networks read it, and the token z of every position."""
     if kind == "soft":
-        seed = torch.randint(2 ** 62, (), generator=rng).item()
-        xi = torch.randn(*G.shape, generator=seeded(seed))
+        xi = torch.randn(*G.shape, generator=rng)
         w = noise["scale"][:, None, None] * G + noise["std"][:, None, None] * xi
         rows = (w / tau).softmax(-1)
         if noise["free"] is not None:
@@ -510,8 +509,7 @@ def test_soft_state_is_the_dense_softmax(std, rng):
     (weights, ids), z = soft_state(
         Fixed(logits), logits, None, scale=torch.tensor([0.97]), std=torch.tensor([std]), K=K,
         tau=tau, rng=seeded(3), free=None)
-    seed = torch.randint(2 ** 62, (), generator=seeded(3)).item()
-    w = 0.97 * logits.softmax(-1) + std * torch.randn(1, n, K, generator=seeded(seed))
+    w = 0.97 * logits.softmax(-1) + std * torch.randn(1, n, K, generator=seeded(3))
     dense = (w / tau).softmax(-1)
     assert weights.shape == (1, n, 24) and torch.equal(z, w.argmax(-1))
     whole = torch.zeros_like(dense).scatter(2, ids, weights)

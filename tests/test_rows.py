@@ -161,11 +161,11 @@ def row_formulas():
         "draw_weighed": (idlm_loss.draw_weighed, 1, (u, token, 9 * a)),
         "uniform_nelbo": (idlm_loss.uniform_nelbo, 2, (z, a, -a, token, 9 * a, K)),
         "uniform_gap": (idlm_loss.uniform_gap, 3, (z, a, -a, token, 9 * a, K)),
-        "top_of_state": (idlm_loss.top_of_state, 1, (xi, a, 1 - a, 5)),
-        "state_weights": (idlm_loss.state_weights, 1, (x[:, None], xi[:, :1], a, 0.1)),
+        "state_rows": (idlm_loss.state_rows, 1, (xi, a, 1 - a, 0.1, 5)),
         "one_hot_nelbo": (teacher.one_hot_nelbo, 1, (x, z, a, -a, K)),
         "kl": (teacher.kl, 2, ()),
         "draw": (generator.draw, 1, (u, t[2], 0.8)),
+        "draw_with_log_prob": (generator.draw_with_log_prob, 1, (u, t[2], 0.8)),
         "uniform_step": (generator.uniform_step, 1, (z, u, v, t[0], t[1], t[2], 1.0, K)),
         "likeliest": (generator.likeliest, 1, (z, 9 * a, t[2], 1.0)),
     }

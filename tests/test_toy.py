@@ -5,7 +5,6 @@ tests/test_theorem.py holds `exact_gap`. Run: python -m pytest tests/test_toy.py
 import json
 import math
 import signal
-import subprocess
 import sys
 from multiprocessing.pool import ThreadPool
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import toy
-from conftest import ROOT, law_score
+from conftest import law_score
 from experiments import theorem
 from generator import sample
 from toy import K, PROCESSES, eight_modes, kl, law, scores
@@ -77,7 +76,7 @@ def test_scores_of_laws_known_by_hand():
 # ---- law ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, steps", [("masked", 1), ("masked", 3), ("uniform", 1),
-                                         ("uniform", 3)])
+                                         ("uniform", 2)])
 def test_law_is_what_sample_draws_from(name, steps, rng):
     """20,000 texts, counted in squares of 5 x 5 cells, against the table."""
     process = PROCESSES[name]
@@ -131,9 +130,9 @@ def test_a_latent_carries_what_one_product_cannot(rng, monkeypatch):
     p, process = p / p.sum(), PROCESSES["masked"]
     monkeypatch.setattr(toy, "B", 128)
     torch.manual_seed(0)
-    teacher = toy.train_teacher(p, process, rng, 150)
+    teacher = toy.train_teacher(p, process, rng, 80)
     assert scores(law(teacher, process, 1, rng), p)["js"] > 0.2
-    net = toy.distil(teacher, process, rng, 100, kind="masked", latent_dim=8)
+    net = toy.distil(teacher, process, rng, 60, kind="masked", latent_dim=2)
     assert scores(law(net, process, 1, rng), p)["js"] < 0.1
 
 
@@ -171,11 +170,11 @@ def test_command_writes_picture_and_records_under_out(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.count("IDLM") == 4
 
 
-def test_ctrl_c_ends_it_with_one_line(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "toy.py")], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline().startswith("training")
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert len(errors.splitlines()) == 1 and errors.startswith("toy.py: stopped")
+def test_ctrl_c_ends_it_with_one_line(tmp_path, monkeypatch, start):
+    monkeypatch.chdir(tmp_path)
+    child = start("toy", "")
+    child.wait_for("training")
+    status, printed = child.send(signal.SIGINT)
+    assert status == 1
+    first, last = printed.splitlines()
+    assert first.startswith("training") and last.startswith("toy.py: stopped")

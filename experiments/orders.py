@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""In which order should [MASK] be revealed? Rules for choosing positions, compared on Sudoku.
+
+    python experiments/orders.py --out out/sudoku9-mdlm         networks that sudoku.py has trained
+    python experiments/orders.py                                4 x 4, trained here
+
+At each pass as many positions as are due, those with the largest score:
+    random       a time for each at random, as published: some passes reveal more than others
+    shuffled     at random, as many as are due
+    even         every n-th one (generator.py)
+    token        log-probability of the token drawn there: LLaDA's and MaskGIT's
+    entropy      minus the entropy of the row: looks at the state, not at the draw
+    gumbel       `entropy` plus Gumbel noise
+    apart        `entropy`, one of each of as many stretches of the text as are due
+    exclusive    `entropy`; what is chosen lowers rows that put mass on the same tokens
+    units        `entropy`, no two of a row, column or box: an oracle's, for comparison
+"""
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch                                                         # noqa: E402
+from tqdm import tqdm                                                # noqa: E402
+
+import checkpoint                                                    # noqa: E402
+from evaluate import append_records, records_table                   # noqa: E402
+from experiments.sudoku_story import prompts_of, train_all           # noqa: E402
+from generator import ORDERS, reveal_steps                                   # noqa: E402
+from rows import sample_categorical                                  # noqa: E402
+from sudoku import Puzzles, score, units, write_examples             # noqa: E402
+from teacher import Masked                                           # noqa: E402
+
+RULES = "random shuffled even token entropy gumbel apart exclusive units".split()
+STEPS = {4: [4, 8, 16], 9: [4, 8, 16, 32, 81]}
+
+
+def top(scores, due):                       # (B, L), (B,) -> (B, L) bool
+    return scores.argsort(-1, descending=True).argsort(-1) < due[:, None]
+
+
+def greedy(scores, due, lower):
+    """One after another; lower(scores, chosen position (B,)) -> the scores that follow."""
+    B, L = scores.shape
+    is_chosen = torch.zeros(B, L, dtype=torch.bool, device=scores.device)
+    for i in range(int(due.max())):
+        best = scores.argmax(-1)
+        is_chosen[torch.arange(B), best] |= due > i
+        scores = lower(scores, best)
+        scores[torch.arange(B), best] = -torch.inf
+    return is_chosen
+
+
+def choose(rule, log_p, tokens, left, due, n):             # -> (B, L) bool
+    B, L, K = log_p.shape
+    p = log_p.exp()
+    scores = (p * log_p).sum(-1)                           # -entropy
+    if rule == "token":
+        scores = log_p.gather(-1, tokens[..., None])[..., 0]
+    if rule == "shuffled":
+        scores = torch.rand_like(scores)
+    if rule == "gumbel":
+        scores = scores - torch.rand_like(scores).log().neg().log()
+    scores = scores.masked_fill(~left, -torch.inf)
+    if rule == "apart":
+        rank = left.cumsum(-1) - 1                         # 0, 1, ... of those that are left
+        stretch = rank * due[:, None] // left.sum(-1, keepdim=True).clamp(min=1)
+        stretch = stretch.masked_fill(~left, -1)
+        is_chosen = torch.zeros_like(left)
+        for i in range(int(due.max())):
+            within = scores.masked_fill(stretch != i, -torch.inf)
+            is_chosen |= top(within, (due > i).long()) & (stretch == i)
+        return is_chosen
+    if rule == "exclusive":
+        def lower(scores, best):
+            shared = torch.einsum("bk,blk->bl", p[torch.arange(B), best], p)
+            return scores - 4 * shared
+        return greedy(scores, due, lower)
+    if rule == "units":
+        cells = torch.full((n * n, L), False)
+        for unit in torch.as_tensor(units(n)):
+            cells[unit[:, None], n * n + unit] = True
+        cells = cells.to(scores.device)
+
+        def lower(scores, best):
+            return scores - 100.0 * cells[best - n * n]
+        return greedy(scores, due, lower)
+    return top(scores, due)
+
+
+@torch.no_grad()
+def write(net, process, prompt, steps, rule, n, seed):
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    prompt = prompt.to(net.device)
+    left = prompt < 0
+    x = prompt.masked_fill(left, process.mask_id)
+    if rule in ORDERS:
+        step_of = reveal_steps(*x.shape, steps, rule, rng).to(net.device)
+    for i in range(steps):
+        logits = net(x, torch.zeros(len(x)))[..., :process.K].float()
+        u = torch.rand(x.numel(), device=net.device, dtype=torch.float64)
+        tokens = sample_categorical(logits.flatten(0, 1), u).view_as(x)
+        if rule in ORDERS:
+            is_chosen = left & (step_of == i)
+        else:
+            due = left.sum(1) // (steps - i)
+            is_chosen = choose(rule, logits.log_softmax(-1), tokens, left, due, n)
+        x = torch.where(is_chosen, tokens, x)
+        left = left & ~is_chosen
+    assert not left.any()
+    return x.cpu().numpy()
+
+
+def main(argv=None):
+    p = checkpoint.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--out", type=Path)
+    p.add_argument("--num_texts", type=int, default=512)
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
+    p.add_argument("--records", type=Path, default="out/orders.json")
+    args, flags = p.parse_known_args(argv)
+    n = 9 if args.out else 4
+    if args.out:
+        nets = {}
+        for model in "teacher", "idlm":
+            nets[model], meta = checkpoint.load_network(args.out / f"{model}.pt",
+                                                        checkpoint.pick_device(None))
+        process = checkpoint.make_process(meta)
+    else:
+        args.out, args.size, args.process = Path("out/orders"), 4, "mdlm"
+        path = args.out / "examples.tsv"
+        if not path.exists():
+            write_examples(path, 4, random.Random(args.seed))
+        data = Puzzles(str(path), "char", 32, cache=args.out)
+        nets = train_all(args, flags, data)
+        process = Masked(data.K + 1)
+    prompt = prompts_of(torch.zeros(args.num_texts, n * n, dtype=torch.int64))
+    records = []
+    settings = [(m, r, s) for m in nets for r in args.rules for s in STEPS[n]]
+    for model, rule, steps in tqdm(settings, disable=None):
+        with checkpoint.prepare(nets[model], None):
+            x = write(nets[model], process, prompt, steps, rule, n, args.seed)
+        records.append({"model": model, "order": rule, "steps": steps}
+                       | score(x[:, n * n:] - 1, n))
+    print(records_table(records, "model order steps rules valid entropy agreement js kl seen"))
+    where = checkpoint.provenance(args.seed, nets["teacher"].device) | {"size": n}
+    append_records(args.records, [where | record for record in records])
+
+
+if __name__ == "__main__":
+    checkpoint.run_script(main)

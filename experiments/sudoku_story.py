@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: MIT
+"""What sudoku.py makes of its examples: networks, table, two pictures."""
+import copy
+import math
+import random
+from functools import partial
+from itertools import islice, product
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import train
+from evaluate import append_records, records_table, write_texts
+from experiments.measures import wilson
+from generator import ORDERS, sample
+from model import DiT, ModelConfig
+from run import Run, joined
+from sudoku import NUM_GRIDS, as_text, score, solutions, units
+from teacher import Masked, Uniform, duo_loss, mdlm_loss
+
+NUM_PUZZLES = 200                           # of each number of clues
+CLUES = {4: [8, 6, 5], 9: [40, 32, 26]}
+STEPS = {4: [1, 2, 4, 8, 16], 9: [1, 2, 4, 8, 16, 32, 81]}
+PRESET = {4: "--preset laptop --no-compile --batch_size 256 --micro_batch 256",
+          9: "--preset gpu --resume --dropout 0"}
+# model -> flags; the first word is the stage. 4 x 4 has a small network of its own.
+MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
+              "idlm": "--updates 700",
+              "idlm independent": "--updates 700 --pairing independent"},
+          9: {"teacher": "--updates 7500 --batch_size 512 --micro_batch 512 --lr 6e-4 --size 8x8x512",
+              "dcd": "--updates 1500 --batch_size 256 --micro_batch 256",
+              "idlm": "--updates 1500 --batch_size 256 --micro_batch 256"}}
+
+
+# ---- networks -----------------------------------------------------------------------------------
+
+class GridNet(DiT):
+    """4 x 4: an MLP over all cells in place of the blocks."""
+
+    def __init__(self, vocab_size, length, width=16, inner=512):
+        super().__init__(ModelConfig(vocab_size, 0, 1, width))
+        self.mlp = nn.Sequential(nn.Linear(length * width, inner), nn.GELU(),
+                                 nn.Linear(inner, inner), nn.GELU(),
+                                 nn.Linear(inner, length * width))
+
+    def trunk(self, h, sigma, **_):
+        cond = nn.functional.silu(self.sigma_map(sigma))
+        h = self.mlp(h.flatten(1) * self.config.width ** 0.5).view_as(h)
+        return self.output_layer(h, cond)
+
+
+class SmallRun(Run):
+    """train.py's run with a GridNet, kept in memory."""
+
+    def new_network(self):
+        self.net = GridNet(self.process.vocab_size, self.s.block_size).to(self.s.device)
+
+    def copy_of(self, net):
+        return copy.deepcopy(net).requires_grad_(True)
+
+    def save(self, step):
+        pass
+
+    show = save
+
+
+def train_all(args, flags, data):           # -> {model: network}
+    nets = {}
+    for model, own in MODELS[args.size].items():
+        stage = model.split()[0]
+        if stage not in train.STAGES[args.process]:
+            continue
+        options = train.parse_args([
+            f"--process={args.process}", f"--out={args.out}", f"--data={data.source}",
+            f"--block_size={data.block_size}", f"--seed={args.seed}",
+            *PRESET[args.size].split(), *own.split(), *flags])
+        s = train.settings_of(options, stage)
+        with joined(s):
+            if args.size == 9:
+                train.run_stage(options, stage, data)
+                nets[model], _ = checkpoint.load_network(args.out / f"{stage}.pt", s.device)
+                continue
+            s.teacher = s.start = nets.get("teacher")
+            s.sources = {}
+            run = SmallRun(s, data)
+            if stage == "idlm":
+                train.distil(s, run, data)
+            else:
+                train.train(s, run, data)
+            nets[model] = run.optim.ema
+    return nets
+
+
+# ---- table --------------------------------------------------------------------------------------
+
+def puzzles_of(grid, n, rng):
+    """{number of clues: puzzle with one solution}: cells are emptied in random order."""
+    puzzle = list(grid)
+    puzzles = {}
+    for cell in rng.sample(range(n * n), n * n):
+        puzzle[cell] = 0
+        if len(list(islice(solutions(puzzle, n, rng), 2))) > 1:
+            puzzle[cell] = grid[cell]
+        puzzles.setdefault(n * n - puzzle.count(0), list(puzzle))
+    return puzzles
+
+
+def puzzles_to_solve(path, n, rng):             # -> {clues: (prompts, answers)}, digits (N, n * n) each
+    """Of new grids, written once: a line a puzzle."""
+    if not path.exists():
+        lines = []
+        for _ in tqdm(range(NUM_PUZZLES), "puzzles with one solution", disable=None):
+            grid = next(solutions([0] * n * n, n, rng))
+            puzzles = puzzles_of(grid, n, rng)
+            lines += [f"{as_text(puzzles[clues])}\t{as_text(grid)}\n"
+                      for clues in CLUES[n] if clues in puzzles]
+        checkpoint.write_whole(path, lambda file: file.write("".join(lines).encode("utf-8")))
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        pair = [digits_of(text) for text in line.split("\t")]
+        found.setdefault(np.count_nonzero(pair[0]), []).append(pair)
+    return {clues: np.array(pairs).swapaxes(0, 1) for clues, pairs in found.items()}
+
+
+def digits_of(text):
+    return [int(digit) for digit in text.replace(".", "0")]
+
+
+def prompts_of(puzzles):                    # (N, n * n) digits -> (N, 2 n * n) tokens, -1 where free
+    puzzles = torch.as_tensor(puzzles)
+    return torch.cat([puzzles + 1, torch.full_like(puzzles, -1)], 1)
+
+
+def excess_of(net, process, data, rng, rounds=16):
+    """NELBO of grids without clues less the entropy of a cell, nats a cell. -> record"""
+    nelbo = mdlm_loss if isinstance(process, Masked) else duo_loss
+    cells = data.block_size // 2
+    losses = []
+    for _ in range(rounds):
+        x_0, free = data.batch("val", 256, rng)
+        x_0[:, :cells] = 1                  # dots
+        with torch.no_grad():
+            losses.append(nelbo(net, process, x_0, rng, free=free).item())
+    excess = np.mean(losses) - math.log(NUM_GRIDS[math.isqrt(cells)]) / cells
+    half = 1.96 * np.std(losses) / math.sqrt(rounds)
+    return {"excess": excess, "excess_ci": [excess - half, excess + half]}
+
+
+def evaluate(args, nets, process, data):    # -> records
+    n = args.size
+    rng = torch.Generator().manual_seed(args.seed)
+    real = data.batch("val", args.num_texts, rng).x_0[:, n * n:].numpy() - 1
+    records = [{"model": "real grids"} | score(real, n)]
+    puzzles = puzzles_to_solve(args.out / "puzzles.tsv", n, random.Random(args.seed))
+    blank = prompts_of(torch.zeros(args.num_texts, n * n, dtype=torch.int64))
+    choices = [{"order": order} for order in ORDERS]
+    if args.process == "duo":
+        choices = [{"ending": ending} for ending in ("ancestral", "map")]
+    excess = excess_of(nets["teacher"], process, data, rng)
+    settings = list(product(nets, choices, STEPS[n]))
+    for model, choice, steps in tqdm(settings, "evaluation", disable=None):
+        write = partial(write_texts, nets[model], process, steps=steps, seed=args.seed,
+                        dtype=None, **choice)
+        tokens, passes = write(blank)
+        record = {"model": model, **choice, "steps": steps, "passes": passes}
+        record |= score(tokens[:, n * n:] - 1, n)
+        for clues, (questions, answers) in puzzles.items():
+            tokens, _ = write(prompts_of(questions))
+            is_right = (tokens[:, n * n:] - 1 == answers).all(1)
+            name = f"solved_{clues}"
+            record[name], record[name + "_ci"] = wilson(int(is_right.sum()), len(is_right))
+        if model == "teacher":
+            record |= excess
+        records.append(record)
+    return records
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+def draw_rules(records, path):
+    """Share of the rules kept against passes; real grids dashed. Readable without colour."""
+    figure = Figure((8, 4.2), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(1, color="black", linestyle="--", linewidth=1, label="real grids")
+    lines = {}
+    for record in records:
+        if "steps" in record:
+            choice = record.get("order") or record.get("ending")
+            lines.setdefault((record["model"], choice), []).append(record)
+    models = list(dict.fromkeys(model for model, _ in lines))
+    choices = list(dict.fromkeys(choice for _, choice in lines))
+    for (model, choice), points in lines.items():
+        axis.plot([r["passes"] for r in points], [r["rules"] for r in points],
+                  color=["black", "tab:red", "tab:blue", "tab:green"][models.index(model)],
+                  linestyle=["-", "--", ":"][choices.index(choice)],
+                  marker="osD^"[models.index(model)], label=f"{model}, {choice}")
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="network passes", ylabel="share of rules kept", ylim=(0, 1.04))
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+def draw_filling(nets, process, n, path, seed, steps=(4, 16), frames=4):
+    """One grid being written: teacher above generator, few passes left and many right. A digit that
+    stands twice in a row, column or box is red."""
+    figure = Figure((12, 3.6), layout="constrained")
+    axes = figure.subplots(2, len(steps) * frames)
+    for row, model in enumerate(("teacher", "idlm")):
+        shown = []
+        for number in steps:
+            states = []
+            prompt = prompts_of(torch.zeros(1, n * n, dtype=torch.int64))
+            sample(nets[model], process, *prompt.shape, number, torch.manual_seed(seed),
+                   prompt=prompt, callback=lambda _, x: states.append(x[0, n * n:].cpu().numpy()))
+            every = number // frames
+            shown += [(f"pass {i + 1} of {number}", states[i])
+                      for i in range(every - 1, number, every)]
+        for axis, (title, tokens) in zip(axes[row], shown):
+            axis.set_title("" if row else title, fontsize=11)
+            draw_grid(axis, tokens - 1, n)
+        axes[row, 0].set_ylabel(model, fontsize=13)
+    save(figure, path)
+
+
+def draw_grid(axis, digits, n):             # (n * n,): what is no digit stays empty
+    is_digit = (digits >= 1) & (digits <= n)
+    b = math.isqrt(n)
+    for cell in range(n * n):
+        if is_digit[cell]:
+            same = (digits[units(n)] == digits[cell]).sum(1)
+            is_twice = (same[(units(n) == cell).any(1)] > 1).any()
+            axis.text(cell % n + 0.5, cell // n + 0.5, str(digits[cell]), ha="center", va="center",
+                      fontsize=18 if n == 4 else 9, weight="bold" if is_twice else "normal",
+                      color="red" if is_twice else "black")
+    for i in range(n + 1):
+        axis.axhline(i, color="black", linewidth=0.4 if i % b else 1.5, clip_on=False)
+        axis.axvline(i, color="black", linewidth=0.4 if i % b else 1.5, clip_on=False)
+    axis.set(xlim=(0, n), ylim=(n, 0), xticks=[], yticks=[], aspect="equal")
+
+
+def save(figure, path):
+    checkpoint.write_whole(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    print(f"wrote {path}")
+
+
+def story(args, flags, data):
+    n = args.size
+    process = Masked(data.K + 1) if args.process == "mdlm" else Uniform(data.K)
+    nets = train_all(args, flags, data)
+    records = evaluate(args, nets, process, data)
+    solved = " ".join(f"solved_{clues}" for clues in CLUES[n])
+    print(records_table(records, "model order ending steps passes excess rules valid entropy "
+                                 f"agreement js kl seen {solved}"))
+    where = checkpoint.provenance(args.seed, nets["teacher"].device) | {"size": n}
+    where["process"] = args.process
+    append_records(args.out / "sudoku.json", [where | record for record in records])
+    draw_rules(records, args.out / "rules.png")
+    draw_filling(nets, process, n, args.out / "filling.png", args.seed)
+    if args.puzzle:
+        tokens, _ = write_texts(nets["idlm"], process, prompts_of([digits_of(args.puzzle)]), 16,
+                                args.seed, None)
+        grid = tokens[:, n * n:] - 1
+        rules = score(grid, n)["rules"]
+        print(f"{args.puzzle}\n{''.join(map(str, grid[0]))}  {rules:.0%} of the rules kept")
+    print(f"wrote {args.out / 'sudoku.json'}. Next: python sample.py --out {args.out}"
+          if n == 9 else f"wrote {args.out / 'sudoku.json'}")

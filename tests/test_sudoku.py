@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""Grids, puzzles and scores of sudoku.py, and its story at toy size."""
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import seeded
+
+import sudoku
+from data import BadInput
+from experiments.sudoku_story import puzzles_of
+from sudoku import Puzzles, score, solutions, symmetric, units, write_examples
+
+rng = random.Random(0)
+GRIDS = np.array(list(solutions([0] * 16, 4, rng)))
+
+
+def grids_of_9(count):
+    rng = random.Random(1)
+    return np.array([next(solutions([0] * 81, 9, rng)) for _ in range(count)])
+
+
+def test_there_are_288_grids_of_4():
+    assert len(GRIDS) == len({tuple(grid) for grid in GRIDS}) == 288
+    assert score(GRIDS, 4)["valid"] == 1
+
+
+def test_units():
+    """27 of 9 x 9: every cell in three; the last is the bottom right box."""
+    assert (np.bincount(units(9).flatten()) == 3).all()
+    assert units(9)[-1].tolist() == [60, 61, 62, 69, 70, 71, 78, 79, 80]
+
+
+def test_a_solver_that_respects_clues():
+    grid = grids_of_9(1)[0]
+    assert score(grid[None].repeat(2, 0), 9)["valid"] == 1
+    puzzle = [digit * (i % 2) for i, digit in enumerate(grid.tolist())]
+    solved = np.array(next(solutions(puzzle, 9, random.Random(2))))
+    assert (solved[1::2] == grid[1::2]).all() and score(solved[None].repeat(2, 0), 9)["valid"] == 1
+    assert next(solutions([1, 1] + [0] * 14, 4, rng), None) is None          # no solution at all
+
+
+def test_puzzles_have_one_solution():
+    grid = grids_of_9(1)[0].tolist()
+    puzzles = puzzles_of(grid, 9, random.Random(3))
+    for clues, puzzle in puzzles.items():
+        assert clues == 81 - puzzle.count(0)
+        assert all(digit in (0, right) for digit, right in zip(puzzle, grid))
+    assert min(puzzles) < 32
+    assert list(solutions(puzzles[min(puzzles)], 9, rng)) == [grid]
+
+
+@pytest.mark.parametrize("n", [4, 9])
+def test_symmetries(n):
+    """Valid grids stay valid; those of 4 x 4 fall into two classes, of 96 and 192 grids, and of one
+    grid all of its class are reached, about equally often."""
+    grids = GRIDS if n == 4 else grids_of_9(5)
+    first = torch.from_numpy(grids[:1] - 1).repeat(4000, 1)
+    images = symmetric(first, n, seeded(0)).numpy() + 1
+    assert score(images, n)["valid"] == 1
+    found, counts = np.unique(images, axis=0, return_counts=True)
+    if n == 4:
+        assert len(found) in (96, 192)
+        expected = 4000 / len(found)
+        assert ((counts - expected) ** 2 / expected).sum() < 1.4 * len(found)
+    else:
+        assert len(found) == 4000
+
+
+def test_score_of_known_laws():
+    flat = score(GRIDS.repeat(3, 0), 4)
+    assert abs(flat["js"]) < 1e-9 and abs(flat["kl"]) < 1e-9 and flat["seen"] == 1
+    assert flat["entropy"] == pytest.approx(1) and flat["rules"] == 1
+    one = score(GRIDS[:1].repeat(9, 0), 4)                 # one grid again and again
+    p = np.full(288, 1 / 288)
+    q = np.eye(288)[0]
+    m = (p + q) / 2
+    js = (np.log(p / m) @ p + np.log(1 / m[0])) / 2
+    assert one["js"] == pytest.approx(js) and one["kl"] == pytest.approx(math.log(288))
+    assert one["entropy"] == 0 and one["agreement"] == 1 and one["seen"] == 1 / 288
+    none = score(np.ones((8, 16), int), 4)                 # no grid at all
+    assert none["rules"] == none["valid"] == none["seen"] == 0
+    assert none["js"] == pytest.approx(math.log(2))
+
+
+def test_rules_by_hand():
+    """Two digits of one row change places: the row holds, two columns do not; here they lie in one
+    box, which holds."""
+    grid = GRIDS[0].copy()
+    grid[[0, 1]] = grid[[1, 0]]
+    record = score(np.stack([grid, GRIDS[0]]), 4)
+    assert record["rules"] == pytest.approx((10 / 12 + 1) / 2) and record["valid"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sudoku")
+    write_examples(folder / "examples.tsv", 4, random.Random(1))
+    return folder
+
+
+def test_examples(examples):
+    lines = (examples / "examples.tsv").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("\t") for line in lines]
+    assert all(a in (".", b) for puzzle, grid in pairs for a, b in zip(puzzle, grid))
+    assert {puzzle.count(".") for puzzle, _ in pairs} == set(range(17))
+    counts = {}
+    for _, grid in pairs:
+        counts[grid] = counts.get(grid, 0) + 1
+    assert len(counts) == 288 and set(counts.values()) == {25}
+
+
+def test_batches(examples):
+    """Puzzle and answer agree; about half of the puzzles are empty; every grid is right."""
+    data = Puzzles(str(examples / "examples.tsv"), "char", 32, cache=examples)
+    x_0, free = data.batch("train", 400, seeded(0))
+    puzzle, grid = x_0[:, :16] - 1, x_0[:, 16:] - 1
+    assert score(grid.numpy(), 4)["valid"] == 1
+    assert ((puzzle == grid) | (puzzle == 0)).all()
+    assert 150 < (puzzle == 0).all(1).sum() < 260
+    assert not free[:, :16].any() and free[:, 16:].all()
+    part, _ = data.batch("train", 400, seeded(0), slice(1, None, 2))
+    assert torch.equal(part, x_0[1::2])
+
+
+def test_story(tmp_path, capsys, monkeypatch):
+    """The whole of it, untrained: table, records and pictures."""
+    from experiments import sudoku_story
+    monkeypatch.setattr(sudoku, "NUM_EXAMPLES", {4: 288 * 2})
+    monkeypatch.setattr(sudoku_story, "NUM_PUZZLES", 3)
+    monkeypatch.setattr(sudoku_story, "STEPS", {4: [1, 4]})
+    sudoku.main(["--out", str(tmp_path), "--num_texts", "20", "--puzzle", "12" + "." * 14,
+                 "--updates", "2", "--batch_size", "8", "--micro_batch", "8", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "idlm independent" in printed and "12.............." in printed
+    records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
+    assert records[0]["model"] == "real grids" and records[0]["valid"] == 1
+    assert len(records) == 1 + 3 * 3 * 2 and records[-1]["size"] == 4
+    for picture in "rules.png", "filling.png":
+        assert (tmp_path / picture).stat().st_size > 5000
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--puzzle", "1234"], "4 cells"), (["--puzzle", "5" + "." * 15], "a digit up to 4"),
+    (["--size", "5"], "invalid choice"), (["--seed", "-1"], "not in 0")])
+def test_bad_input(flags, said):
+    with pytest.raises(BadInput, match=said):
+        sudoku.main(flags)
