@@ -12,7 +12,6 @@ Sampling counts t down from 1 to 0. N steps are at most N network passes, and th
 the teacher's place in the teacher's own sampler.
 To reuse: copy this file, teacher.py, gaussian.py, idlm_loss.py and rows.py.
 """
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from rows import cross_entropy, draw_tokens, flat_rows, per_row, sample_categori
 from rows import to_device, uniforms, upcast
 from teacher import Masked
 
-ORDERS = "random", "even", "confident"      # of revealing, masked process
+ORDERS = "random", "even", "shuffled", "confident"        # of revealing, masked process
 ENDINGS = "ancestral", "greedy", "map"      # last step, uniform process
 
 
@@ -47,33 +46,18 @@ def draw_latent(process, x_0, t_tilde, rng, soft=False, free=None):
 def log_rows(net, process, eps):                           # -> log G(eps): (B, L, K)
     x_tilde, sigma = eps[:2]
     logits = net(*eps)
-    if isinstance(process, Masked):
-        return process.log_probs(logits, x_tilde.to(logits.device))
-    logits = logits[..., :process.K]
-    if not isinstance(x_tilde, tuple):                     # `soft` takes the row itself
-        bonus = token_bonus(sigma, process.K)[:, None, None]
-        logits = weigh_token(logits, x_tilde.to(logits.device), bonus.to(logits.device))
-    return upcast(logits).log_softmax(-1)
+    if isinstance(x_tilde, tuple):                         # `soft` takes the row itself
+        return process.log_probs(logits, None)
+    x_tilde = x_tilde.to(logits.device)
+    if not isinstance(process, Masked):
+        bonus = token_bonus(sigma, process.K).to(x_tilde.device)
+        logits = weigh_token(logits, x_tilde, bonus[:, None, None])
+    return process.log_probs(logits, x_tilde)
 
 
 def generate_probs(net, process, eps):
     """x_0_probs (B, L, K), rows on the simplex: all of G(eps) at once, for small vocabularies."""
     return log_rows(net, process, eps).exp()
-
-
-@torch.no_grad()
-def mixture_log_prob(net, process, x_0, latents):
-    """Monte-Carlo log p_theta(x_0) ~= log mean_k prod_i G_i(eps_k)[x_i], nats per text.
-
-    x_0 (B, L); latents: an iterable of eps, independent draws for those B texts. Biased low: the
-    log of an average is above the average of logs (Jensen), less so the more draws there are.
-    """
-    terms = []
-    for eps in latents:
-        log_G = log_rows(net, process, eps)
-        index = x_0.to(log_G.device)[..., None]
-        terms.append(log_G.gather(-1, index)[..., 0].sum(-1))
-    return torch.stack(terms).logsumexp(0) - math.log(len(terms))
 
 
 # ---- sampling -----------------------------------------------------------------------------------
@@ -91,6 +75,7 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     net       a DiT: the teacher, or the generator in its place
     rng       a CPU torch.Generator: equal seeds give equal texts
     order     masked process: 'random' positions, as published; 'even': every n-th one;
+              'shuffled': random ones, equally many a pass;
               'confident': draw at every [MASK], then keep the likeliest tokens, as many as are
               due (MaskGIT, arXiv 2202.04200, without its noise); the head runs at every [MASK]
     ending    uniform process, last step: 'ancestral'; 'greedy', the likeliest token of the
@@ -139,16 +124,22 @@ def pass_rows(wanted):                                     # (B, L) bool, on the
 
 # -- masked process
 
-def reveal_steps(B, L, steps, order, rng):                 # -> (B, L) in 0 ... steps - 1
+def reveal_steps(is_masked, steps, order, rng):            # (B, L) -> (B, L) in 0 ... steps - 1
     """The step that reveals each position.
 
     random: uniform, which is exactly the ancestral step from t to s: it reveals a masked position
-    with probability (t - s) / t. even: every n-th position from a random one on, so that tokens of
+    with probability (t - s) / t. shuffled: in as random an order, but equally many a step, as fewer
+    positions then meet that should know of each other. even: every n-th position from a random one on, so that tokens of
     one pass stand far apart; the next steps halve the gaps, then quarter them: 0 8 4 12 2 ... of
     16. (Left to right, a step next to the last one's, texts repeat themselves.)
     """
-    if order == "random":
-        return (torch.rand(B, L, generator=rng, dtype=torch.float64) * steps).long()
+    B, L = is_masked.shape
+    if order != "even":
+        u = torch.rand(B, L, generator=rng, dtype=torch.float64)
+        if order == "random":
+            return (u * steps).long()
+        rank = u.masked_fill(~is_masked, 1).argsort(-1).argsort(-1)
+        return rank * steps // is_masked.sum(-1, keepdim=True).clamp(min=1)
     n = min(steps, L)
     bits = (n - 1).bit_length()
     by_gap = sorted(range(n), key=lambda i: f"{i:0{bits}b}"[::-1])
@@ -185,10 +176,12 @@ def sample_masked(net, process, x, is_masked, steps, rng, law, order, callback):
     nfe = torch.zeros(len(x), dtype=torch.int64)
     left = is_masked.clone()
     all_equal = bool(left.all())
-    if order != "confident":
-        step_of = reveal_steps(x.shape[0], x.shape[1], steps, order, rng)
+    is_sure = order == "confident"
+    formula = draw_with_log_prob if is_sure else draw
+    if not is_sure:
+        step_of = reveal_steps(left, steps, order, rng)
     for i in range(steps):
-        if order == "confident":
+        if is_sure:
             due = left.sum(1) // (steps - i)
             wanted = left & (due > 0)[:, None]
         else:
@@ -199,12 +192,9 @@ def sample_masked(net, process, x, is_masked, steps, rng, law, order, callback):
             n = 1 if all_equal else len(x_t)               # one pass serves equal texts
             h = net.hidden(x_t[:n], torch.zeros(n, device=x.device))
             h = h.expand(len(x_t), -1, -1)
-            if order == "confident":
-                drawn = draw_tokens(net, h, process.K, rng, where,
-                                    formula=draw_with_log_prob, args=law)
-                where, tokens = surest(drawn, where, due[texts])
-            else:
-                tokens = draw_tokens(net, h, process.K, rng, where, formula=draw, args=law)
+            tokens = draw_tokens(net, h, process.K, rng, where, formula=formula, args=law)
+            if is_sure:
+                where, tokens = surest(tokens, where, due[texts])
             x[texts] = x_t.masked_scatter(to_device(where, x.device), tokens)
             left[texts] &= ~where
             all_equal = False
@@ -265,7 +255,7 @@ def sample_uniform(net, process, x, is_free, steps, rng, law, ending, callback):
                 bonus = token_bonus(sigma, process.K) * (ending == "map")
                 new = per_row(likeliest, process.K, (net,), (h,), (x_t, bonus, *law), where)
             else:
-                u_token = uniforms(x_t.shape[0], x_t.shape[1], rng, device)
+                u_token = uniforms(x_t.shape, rng, device)
                 alphas = to_device(process.alpha(t.float())[0], device)
                 u_kind = u_kind[texts].to(u_token.dtype)
                 args = (x_t, u_kind, u_token, *alphas, *law, process.K)

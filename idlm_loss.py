@@ -293,7 +293,7 @@ def soft_state(generator, h_g, eps, scale, std, K, tau, rng, free, k=24):
         hidden=(h_g,),
         args=(xi, scale, std, tau, k),
     )
-    weights, ids = rows.view(B, L, 2 * k).chunk(2, dim=-1)
+    weights, ids = rows.view(B, L, 2, k).unbind(2)
     ids = ids.long()
     if free is not None:
         given = to_device(eps[0][1][..., :1], device)

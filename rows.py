@@ -208,9 +208,9 @@ def on_device(rng, device):
     return torch.Generator(device).manual_seed(seed.item())
 
 
-def uniforms(B, L, rng, device):                           # -> (B, L) in [0, 1)
+def uniforms(shape, rng, device):                          # -> (*shape) in [0, 1)
     """float64 where the device has it."""
-    u = torch.rand(B, L, generator=rng, device=rng.device, dtype=torch.float64)
+    u = torch.rand(shape, generator=rng, device=rng.device, dtype=torch.float64)
     return to_device(u.float() if device.type == "mps" else u, device)
 
 
@@ -220,5 +220,5 @@ def draw_tokens(net, h, K, rng, where=None, formula=sample_categorical, args=())
 
     formula(logits, u, *args): another law than the row's own.
     """
-    u = uniforms(h.shape[0], h.shape[1], rng, h.device)
+    u = uniforms(h.shape[:2], rng, h.device)
     return per_row(formula, K, (net,), (h,), (u, *args), where)

@@ -282,7 +282,7 @@ class Run:
     def log(self, step, values):
         if self.s.rank == 0:
             line = {"stage": self.s.stage, "step": step} | values
-            with open(self.s.out / "log.jsonl", "a") as file:
+            with open(self.s.out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(f"{json.dumps(line)}\n")
 
     def save(self, step):

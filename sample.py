@@ -7,7 +7,8 @@
     python sample.py --prompt "ROMEO:{40}\\nJULIET:"   {40}: 40 tokens for the model to fill in
     python sample.py --prompts FILE                    an answer for every line: prompt TAB answer
     python sample.py --steps 16 --watch                the masks fall away in the terminal
-    python sample.py --order even                      masked: every n-th position; or confident
+    python sample.py --order shuffled                  masked: random positions, equally many a pass;
+                                                       even: every n-th one; confident: the surest
     python sample.py --process duo --ending greedy     uniform: how the last step ends
     python sample.py --temperature 0.9 --top_p 0.95    the likeliest tokens that hold this share
     python sample.py --length 512 --device cpu --dtype float32

@@ -174,12 +174,11 @@ def main(argv=None):
     add("--process", choices=STAGES, default="mdlm")
     add("--out", type=Path, help="default out/sudoku<size>-<process>")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=1)
-    add("--num_texts", type=number(int, 16), help="grids a row; default 5000 of 4 x 4, else 512")
+    add("--num_texts", type=number(int, 16), default=5000, help="grids a row")
     add("--puzzle", help="one more to solve: digits and dots")
     args, flags = p.parse_known_args(argv)
     n = args.size
     args.out = args.out or Path(f"out/sudoku{n}-{args.process}")
-    args.num_texts = args.num_texts or (5000 if n == 4 else 512)
     if args.puzzle and not re.fullmatch(f"[.1-{n}]{{{n * n}}}", args.puzzle):
         raise BadInput(f"--puzzle {args.puzzle} has {len(args.puzzle)} cells: give {n * n}, each a "
                        f"dot or a digit up to {n}, or another --size")

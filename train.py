@@ -14,7 +14,7 @@ Each stage writes out/<process>/<stage>.pt:
 With no --stage, whatever is missing runs. `train` is the loop of one network and one loss; `distil`
 is IDLM. run.py holds optimisers and checkpoints: run.optim is that of run.net (gradients, clipping,
 averaged weights), run.fake_optim that of run.fake; run.teacher is frozen. A new loss: write it in
-idlm_loss.py, import it here, name it in `distil`; its noise comes from draw_noise (teacher.py).
+idlm_loss.py, import it here, call it in `distil`; its noise comes from draw_noise (teacher.py).
 
 Every draw comes from an rng seeded by (seed, stage, step, part, micro-batch). So a run has no
 random state to save, --resume goes on as if nothing had happened, and M processes compute what one
@@ -192,11 +192,6 @@ def distil(s, run, data):
     fake = run.fake
     teacher = run.teacher
     process = run.process
-    fake_loss_of, gap_of = {
-        "masked": (masked_fake_loss, masked_generator_loss),
-        "hard": (uniform_fake_loss, uniform_generator_loss),
-        "soft": (soft_fake_loss, soft_generator_loss),
-    }[s.kind]
     soft = s.kind == "soft"
     for step in range(run.step, s.updates):
         # ======== inner problem: the fake follows the generator ========
@@ -207,7 +202,12 @@ def distil(s, run, data):
             eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
             noise = process.draw_noise(t, s.block_size, rng, soft, free)
             with s.autocast:
-                loss = fake_loss_of(generator, fake, eps, rng, **noise)
+                if s.kind == "masked":
+                    loss = masked_fake_loss(generator, fake, eps, rng, **noise)
+                elif s.kind == "hard":
+                    loss = uniform_fake_loss(generator, fake, eps, rng, **noise)
+                else:
+                    loss = soft_fake_loss(generator, fake, eps, rng, **noise)
             run.fake_optim.backward(loss, m)
         fake_loss, fake_norm = run.fake_optim.update(step)
 
@@ -219,7 +219,12 @@ def distil(s, run, data):
             eps = draw_latent(process, x_0, t_tilde, rng, soft=soft, free=free)
             noise = process.draw_noise(t, s.block_size, rng, soft, free)
             with s.autocast:
-                gap = gap_of(generator, fake, teacher, eps, rng, **noise)
+                if s.kind == "masked":
+                    gap = masked_generator_loss(generator, fake, teacher, eps, rng, **noise)
+                elif s.kind == "hard":
+                    gap = uniform_generator_loss(generator, fake, teacher, eps, rng, **noise)
+                else:
+                    gap = soft_generator_loss(generator, fake, teacher, eps, rng, **noise)
             run.optim.backward(gap, m)
         gap, norm = run.optim.update(step)
         run.note(step + 1, {"fake": fake_loss, "fake_grad": fake_norm, "gap": gap, "grad": norm})
@@ -258,10 +263,10 @@ def main(argv=None):
             import sample
             evaluate.short_table(s.out, s.process, s.device, s.seed, s.no_compile, s.cache)
             sample.main(["--steps=16", f"--process={s.process}", f"--out={s.out}"])
-        script = "evaluate.py" if args.stage == "judge" else "sample.py --steps 16"
-        model = "" if args.stage in (None, "idlm", "judge") else f" --model {args.stage}"
+        script = {"teacher": "sample.py --model teacher", "dcd": "sample.py --model dcd",
+                  "judge": "evaluate.py"}.get(args.stage, "sample.py --steps 16")
         print(f"{(time.time() - began) / 60:.1f} minutes in all. Next: python {script} --process "
-              f"{s.process} --out {s.out}{model}")
+              f"{s.process} --out {s.out}")
 
 
 if __name__ == "__main__":

@@ -59,8 +59,6 @@ def choose(rule, log_p, tokens, left, due, n):             # -> (B, L) bool
     scores = (p * log_p).sum(-1)                           # -entropy
     if rule == "token":
         scores = log_p.gather(-1, tokens[..., None])[..., 0]
-    if rule == "shuffled":
-        scores = torch.rand_like(scores)
     if rule == "gumbel":
         scores = scores - torch.rand_like(scores).log().neg().log()
     scores = scores.masked_fill(~left, -torch.inf)
@@ -98,7 +96,7 @@ def write(net, process, prompt, steps, rule, n, seed):
     left = prompt < 0
     x = prompt.masked_fill(left, process.mask_id)
     if rule in ORDERS:
-        step_of = reveal_steps(*x.shape, steps, rule, rng).to(net.device)
+        step_of = reveal_steps(left.cpu(), steps, rule, rng).to(net.device)
     for i in range(steps):
         logits = net(x, torch.zeros(len(x)))[..., :process.K].float()
         u = torch.rand(x.numel(), device=net.device, dtype=torch.float64)

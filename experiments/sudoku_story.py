@@ -182,26 +182,32 @@ def evaluate(args, nets, process, data):    # -> records
 # ---- pictures -----------------------------------------------------------------------------------
 
 def draw_rules(records, path):
-    """Share of the rules kept against passes; real grids dashed. Readable without colour."""
-    figure = Figure((8, 4.2), layout="constrained")
-    axis = figure.subplots()
-    axis.axhline(1, color="black", linestyle="--", linewidth=1, label="real grids")
+    """Share of the rules kept against passes, real grids dashed; 4 x 4: beside it JS, which sees
+    what the rules do not. Readable without colour."""
+    names = ["rules", "js"] if "js" in records[0] else ["rules"]
+    figure = Figure((4 + 4 * len(names), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
     lines = {}
-    for record in records:
-        if "steps" in record:
-            choice = record.get("order") or record.get("ending")
-            lines.setdefault((record["model"], choice), []).append(record)
+    for record in records[1:]:
+        choice = record.get("order") or record.get("ending")
+        lines.setdefault((record["model"], choice), []).append(record)
     models = list(dict.fromkeys(model for model, _ in lines))
     choices = list(dict.fromkeys(choice for _, choice in lines))
-    for (model, choice), points in lines.items():
-        axis.plot([r["passes"] for r in points], [r["rules"] for r in points],
-                  color=["black", "tab:red", "tab:blue", "tab:green"][models.index(model)],
-                  linestyle=["-", "--", ":"][choices.index(choice)],
-                  marker="osD^"[models.index(model)], label=f"{model}, {choice}")
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="network passes", ylabel="share of rules kept", ylim=(0, 1.04))
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for name, axis in zip(names, axes):
+        axis.axhline(records[0][name], color="black", linestyle="--", linewidth=1)
+        for (model, choice), points in lines.items():
+            if " " in model and choice != choices[0]:      # of variants one line is enough
+                continue
+            axis.plot([r["passes"] for r in points], [r[name] for r in points],
+                      color=["black", "tab:red", "tab:blue"][models.index(model)],
+                      linestyle=["-", "--", "-.", ":"][choices.index(choice)],
+                      marker="osD"[models.index(model)], label=f"{model}, {choice}")
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="network passes", ylim=(0, None),
+                 ylabel="share of rules kept" if name == "rules" else "JS to the flat law, nats")
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5),
+                    title="dashed: real grids")
     save(figure, path)
 
 
@@ -216,13 +222,13 @@ def draw_filling(nets, process, n, path, seed, steps=(4, 16), frames=4):
             states = []
             prompt = prompts_of(torch.zeros(1, n * n, dtype=torch.int64))
             sample(nets[model], process, *prompt.shape, number, torch.manual_seed(seed),
-                   prompt=prompt, callback=lambda _, x: states.append(x[0, n * n:].cpu().numpy()))
+                   prompt=prompt, callback=lambda _, x: states.append(x[0, n * n:].tolist()))
             every = number // frames
             shown += [(f"pass {i + 1} of {number}", states[i])
                       for i in range(every - 1, number, every)]
         for axis, (title, tokens) in zip(axes[row], shown):
             axis.set_title("" if row else title, fontsize=11)
-            draw_grid(axis, tokens - 1, n)
+            draw_grid(axis, np.array(tokens) - 1, n)
         axes[row, 0].set_ylabel(model, fontsize=13)
     save(figure, path)
 

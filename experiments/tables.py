@@ -26,7 +26,7 @@ from evaluate import read_records                                    # noqa: E40
 
 BLOCK = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 MARK = re.compile(r"<!-- /?table:[^>]*>")
-PERPLEXITIES = ("gen_ppl", "bits_per_char", "ngram_bits")
+PERPLEXITIES = ("gen_ppl", "bits_per_char")
 BESIDE = {"entropy", "distinct4", "repetition"}           # of every table with a perplexity
 
 
@@ -46,32 +46,46 @@ def at_temperature_1(record):               # and what has none: real text
     return record.get("kind") == "control" or record.get("temperature") in (None, 1)
 
 
-def few_passes(record):                     # of a generator, beside all of the teacher's
-    return at_temperature_1(record) and (record["model"] != "idlm" or record["steps"] <= 16)
+def on_first_page(record):                  # of a generator few passes, of its teacher many
+    settings = {"idlm": [("random", 4), ("random", 16), ("even", 4), ("even", 16)],
+                "teacher": [("random", 16), ("random", 256), ("even", 16)]}.get(record["model"])
+    return not settings or (record["order"], record["steps"]) in settings
+
+
+def of_sudoku(record):                      # 4 x 4, at most eight rows
+    settings = {"teacher": [("random", 16), ("shuffled", 16), ("confident", 16)],
+                "idlm": [("random", 16), ("shuffled", 8), ("shuffled", 16)],
+                "idlm independent": [("random", 16)]}.get(record["model"])
+    return not settings or (record["order"], record["steps"]) in settings
+
+
+def is_timed(record):
+    return record["name"] in ("train mdlm B8", "train hard B8", "train soft B8",
+                              "sample mdlm 16 B8", "sample duo 4 B8")
 
 
 def is_masked(record):
     return record["process"] == "mdlm"
 
 
-def has_rival(record):                      # the authors' times that stand beside one of ours
-    return record["name"] not in ("sample mdlm 8 B8", "sample mdlm 32 B8", "sample duo 8 B8",
-                                  "sample duo 16 B8")
-
-
 TABLES = {
     "laptop": Table("model order steps", "bits_per_char entropy distinct4 repetition known_words",
-                    few_passes),
+                    on_first_page),
     "laptop_uniform": Table("model ending steps",
                             "bits_per_char entropy distinct4 repetition known_words",
                             at_temperature_1),
     "hard_and_soft": Table("model update lr fake_lr ending steps",
-                           "bits_per_char entropy distinct4 repetition overlap known_words",
-                           at_temperature_1),
+                           "gen_ppl entropy distinct4 repetition overlap", at_temperature_1),
+    "headline": Table("model order steps", "bits_per_char bits_per_char_2 entropy distinct4 "
+                      "repetition overlap known_words mauve_2"),
+    "sudoku": Table("model order steps", "passes rules valid entropy js seen", of_sudoku),
+    "sudoku_all": Table("model order steps", "passes excess rules valid entropy agreement js kl seen "
+                        "solved_8 solved_6 solved_5", file="sudoku"),
+    "orders": Table("model order steps", "rules valid entropy js seen"),
     "novels": Table(MODEL, f"{QUALITY} gen_ppl_2 gm", at_temperature_1),
     "novels_sweep": Table(f"{MODEL} temperature", f"{QUALITY} gen_ppl_matched", is_masked,
                           file="novels"),
-    "speed": Table("name code", "passes median_ms ms_per_pass peak_gib", has_rival,
+    "speed": Table("name code", "passes median_ms ms_per_pass peak_gib", is_timed,
                    file="bench_h200 authors_h200"),
     "bench_cpu": Table("name", "median_ms peak_gib tokens_per_s"),
 }

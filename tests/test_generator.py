@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 import oracle
 from conftest import assert_law, law_score, random_dit, seeded
+from experiments.theorem import mixture_log_prob
 from generator import (Latent, draw, draw_latent, draw_with_log_prob, generate_probs,
-                       mixture_log_prob, reveal_steps, sample, surest, uniform_step, warp)
+                       reveal_steps, sample, surest, uniform_step, warp)
 from teacher import Masked, Uniform
 
 K, L = 3, 3
@@ -284,7 +285,7 @@ def test_random_order_is_the_ancestral_step(rng):
     """The step that reveals a position is uniform, so what is still masked at t is revealed on the
     way to s with probability (t - s) / t; 60,000 positions."""
     steps = 5
-    when = reveal_steps(20_000, 3, steps, "random", rng)
+    when = reveal_steps(torch.ones(20_000, 3, dtype=bool), steps, "random", rng)
     assert_law(when, torch.full((steps,), 1 / steps, **f64))
     for i in range(steps):
         t = 1 - i / steps
@@ -296,15 +297,29 @@ def test_random_order_is_the_ancestral_step(rng):
 
 def test_even_order_halves_the_gaps(rng):
     """16 steps: 0 8 4 12 2 ..., from each of 16 first positions; n steps: every n-th position."""
-    when = reveal_steps(2000, 16, 16, "even", rng)
+    when = reveal_steps(torch.ones(2000, 16, dtype=bool), 16, "even", rng)
     positions = when.argsort(1)
     halving = torch.tensor([0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15])
     assert ((positions - positions[:, :1]) % 16 == halving).all()
     assert len(positions[:, 0].unique()) == 16
     for n in range(1, 20):
-        when = reveal_steps(5, 60, n, "even", rng)
+        when = reveal_steps(torch.ones(5, 60, dtype=bool), n, "even", rng)
         for i in range(60 - n):
             assert (when[:, i:i + n].sort(1).values == torch.arange(n)).all()
+
+
+def test_shuffled_order_reveals_equally_many(rng):
+    """10 and 7 positions in 4 steps: 2 or 3 and 1 or 2 a step, none twice, given ones never counted.
+    Every position comes in every step; steps from the number of positions on take one each."""
+    is_masked = torch.ones(2000, 10, dtype=bool)
+    is_masked[1000:, [0, 4, 9]] = False
+    when = reveal_steps(is_masked, 4, "shuffled", rng)
+    for rows, fewest in ((slice(1000), 2), (slice(1000, None), 1)):
+        counts = torch.stack([((when == i) & is_masked)[rows].sum(1) for i in range(4)])
+        assert counts.min() == fewest and counts.max() == fewest + 1
+    assert_law(when[:1000, 3], torch.tensor([0.3, 0.2, 0.3, 0.2], **f64))
+    when = reveal_steps(is_masked[:1], 13, "shuffled", rng)
+    assert len(when.unique()) == 10 and when.max() < 13
 
 
 def test_surest_tokens():
@@ -437,7 +452,7 @@ def test_the_shortcuts_change_nothing(prompt, rng):
     out = sample(net, process, n, length, steps, seeded(5), prompt=prompt)
 
     draws = seeded(5)
-    when = reveal_steps(n, length, steps, "random", draws)
+    when = reveal_steps(torch.ones(n, length, dtype=bool), steps, "random", draws)
     x = torch.full((n, length), 6)
     if prompt is not None:
         x = torch.where(prompt < 0, x, prompt)

@@ -132,13 +132,14 @@ def test_story(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sudoku, "NUM_EXAMPLES", {4: 288 * 2})
     monkeypatch.setattr(sudoku_story, "NUM_PUZZLES", 3)
     monkeypatch.setattr(sudoku_story, "STEPS", {4: [1, 4]})
+    monkeypatch.setattr(sudoku_story, "ORDERS", ("shuffled", "confident"))
     sudoku.main(["--out", str(tmp_path), "--num_texts", "20", "--puzzle", "12" + "." * 14,
                  "--updates", "2", "--batch_size", "8", "--micro_batch", "8", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "idlm independent" in printed and "12.............." in printed
     records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
     assert records[0]["model"] == "real grids" and records[0]["valid"] == 1
-    assert len(records) == 1 + 3 * 3 * 2 and records[-1]["size"] == 4
+    assert len(records) == 1 + 3 * 2 * 2 and records[-1]["size"] == 4
     for picture in "rules.png", "filling.png":
         assert (tmp_path / picture).stat().st_size > 5000
 

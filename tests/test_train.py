@@ -378,7 +378,7 @@ def test_all_stages_by_one_command(tiny, monkeypatch, capsys):
     tables = []
     monkeypatch.setattr(evaluate, "short_table", lambda *args: tables.append(args))
     run_train("--process duo --stage teacher --out out/mine")
-    assert capsys.readouterr().out.splitlines()[-1].endswith("--out out/mine --model teacher")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("sample.py --model teacher --process duo --out out/mine")
     run_train("--process duo --out out/mine")
     printed = capsys.readouterr().out
     assert printed.count("is finished: kept") == 1 and "out/mine/teacher.pt is finished" in printed
