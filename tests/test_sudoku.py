@@ -11,7 +11,7 @@ from conftest import seeded
 
 import sudoku
 from data import BadInput
-from experiments.sudoku_story import puzzles_of
+from experiments.sudoku_story import perfect_grids, puzzles_of
 from sudoku import Puzzles, score, solutions, symmetric, units, write_examples
 
 rng = random.Random(0)
@@ -95,6 +95,16 @@ def test_rules_by_hand():
     assert record["rules"] == pytest.approx((10 / 12 + 1) / 2) and record["valid"] == 0.5
 
 
+def test_a_perfect_denoiser_pays_for_its_order_alone():
+    """One cell a pass: the flat law. All at once: independent cells, and hardly a grid."""
+    grids = perfect_grids(3000, 16, "shuffled", seeded(0))
+    assert score(grids, 4)["valid"] == 1 and score(grids, 4)["js"] < 0.02
+    assert score(perfect_grids(3000, 1, "even", seeded(0)), 4)["valid"] < 0.01
+    js = [score(perfect_grids(3000, 8, order, seeded(0)), 4)["js"]
+          for order in ("shuffled", "random")]
+    assert js[0] + 0.1 < js[1]
+
+
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sudoku")
@@ -139,7 +149,7 @@ def test_story(tmp_path, capsys, monkeypatch):
     assert "idlm independent" in printed and "12.............." in printed
     records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
     assert records[0]["model"] == "real grids" and records[0]["valid"] == 1
-    assert len(records) == 1 + 3 * 2 * 2 and records[-1]["size"] == 4
+    assert len(records) == 1 + 3 * 2 + 3 * 2 * 2 and records[-1]["size"] == 4
     for picture in "rules.png", "filling.png":
         assert (tmp_path / picture).stat().st_size > 5000
 
