@@ -128,10 +128,10 @@ def reveal_steps(is_masked, steps, order, rng):            # (B, L) -> (B, L) in
     """The step that reveals each position.
 
     random: uniform, which is exactly the ancestral step from t to s: it reveals a masked position
-    with probability (t - s) / t. shuffled: in as random an order, but equally many a step, as fewer
-    positions then meet that should know of each other. even: every n-th position from a random one on, so that tokens of
-    one pass stand far apart; the next steps halve the gaps, then quarter them: 0 8 4 12 2 ... of
-    16. (Left to right, a step next to the last one's, texts repeat themselves.)
+    with probability (t - s) / t. shuffled: in as random an order, but equally many a step, so fewer
+    positions meet that should know of each other. even: every n-th position from a random one on,
+    so that tokens of one pass stand far apart; the next steps halve the gaps, then quarter them:
+    0 8 4 12 2 ... of 16. (Left to right, texts repeat themselves.)
     """
     B, L = is_masked.shape
     if order != "even":

@@ -10,9 +10,10 @@ diffusion model f trained on the generator's outputs, holds the inner minimum. T
     generator step   NELBO(f*) - NELBO(fake) on G        gradient to the generator alone
 
 Every loss below reads in the paper's order: rows G = generator(eps) on the simplex; draw tokens
-from G and noise them to a time t, x_t ~ q(. | G); show x_t to fake f and teacher f*; compare. Where
-f holds the minimum and f* is the exact denoiser of p*, the mean of L_IDLM is KL(p_theta || p*) less
-the KL of both laws noised to t = 1: it is 0 only at p_theta = p*.
+from G and noise them to a time t, x_t ~ q(. | G) (`soft` noises the rows themselves); show x_t to
+fake f and teacher f*; compare. Where f holds the minimum and f* is the exact denoiser of p*, the
+mean of L_IDLM is KL(p_theta || p*) less the KL of both laws noised to t = 1: it is 0 only at
+p_theta = p*.
 
     masked    MDLM's process
     uniform   UDLM's and Duo's process, exact noising law: `hard` in train.py
@@ -267,7 +268,7 @@ def top_entries(w, k, size=256):                           # (N, K) -> (N, k): i
     return best.gather(1, at // size) * size + at % size
 
 
-def state_rows(logits_g, xi, scale, std, tau, k):          # (N, K) x2, (N, 1) x2 -> (N, 2k)
+def state_rows(logits_g, xi, scale, std, tau, k):          # (N, >= K), (N, K), (N, 1) x2 -> (N, 2k)
     """The k largest entries of softmax(w / tau), largest first; then their ids, as numbers."""
     G = upcast(logits_g).softmax(-1)[:, :xi.shape[1]]
     ids = top_entries(scale * G.detach() + std * xi, k)

@@ -5,7 +5,7 @@
     python sample.py --model teacher --steps 256       its teacher
     python sample.py --prompt "ROMEO:" --num_samples 4
     python sample.py --prompt "ROMEO:{40}\\nJULIET:"   {40}: 40 tokens for the model to fill in
-    python sample.py --prompts FILE                    an answer for every line: prompt TAB answer
+    python sample.py --prompts FILE                    of a prompt a line; prints prompt TAB answer
     python sample.py --steps 16 --watch                the masks fall away in the terminal
     python sample.py --order shuffled                  masked: random positions, equally many a pass;
                                                        even: every n-th one; confident: the surest

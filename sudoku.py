@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Sudoku: a text is right or wrong, and the law of all right ones is known. No metric to please.
 
-    python sudoku.py                4 x 4: examples, networks, table and pictures in out/sudoku4; six
+    python sudoku.py                4 x 4: examples, table and pictures in out/sudoku4-mdlm; six
                                     minutes on two CPU cores
     python sudoku.py --size 9       9 x 9, twenty minutes on a GPU
     python sudoku.py --process duo  the uniform process; flags that are not ours go on to train.py
-    python sudoku.py --puzzle 12..............     one more to solve, of size * size cells
+    python sudoku.py --puzzle 12..............     train, then solve this one, too
 
 An example is a puzzle, the prompt, and the grid that solves it, the answer; a dot is an empty cell.
 There are 288 grids of 4 x 4; those of 9 x 9 come from a randomised solver. A training batch takes
@@ -17,7 +17,7 @@ anew: none in half of the puzzles, any number in the others. Of grids without cl
     agreement      equal cells of two grids: 1 / size where they are independent
     js, kl, seen   4 x 4, counted: JS of the 288 grids to the flat law (0 ... 0.693 nats), KL of the
                    valid ones to it, share of the 288 that is written
-    excess         of a teacher: its NELBO less the entropy of a cell, which bounds its KL; nats
+    excess         of a teacher: its NELBO less log(grids) / cells, which bounds its KL; nats a cell
 
 and of puzzles with one solution the share solved, by the number of clues.
 """
@@ -108,7 +108,7 @@ def write_examples(path, n, rng):
     checkpoint.write_whole(path, lambda file: file.write("".join(lines).encode("utf-8")))
 
 
-# ---- a batch --------------------------------------------------------------------------------------
+# ---- a batch ------------------------------------------------------------------------------------
 
 class Puzzles(TextData):
     """Examples, of which a batch holds random symmetries with new clues. Tokens: newline, dot, 1,
@@ -118,7 +118,7 @@ class Puzzles(TextData):
         x_0, free = super().batch(split, B, rng)
         cells = x_0.shape[1] // 2
         grid = symmetric(x_0[:, cells:] - 2, math.isqrt(cells), rng) + 2
-        share = torch.rand(B, 1, generator=rng).mul(2).sub(1)        # of clues: none in half of them
+        share = torch.rand(B, 1, generator=rng).mul(2).sub(1)        # of clues: none in half
         is_clue = torch.rand(B, cells, generator=rng) < share
         puzzle = torch.where(is_clue, grid, 1)
         return Batch(torch.cat([puzzle, grid], 1)[part], free[part])

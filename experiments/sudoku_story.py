@@ -31,7 +31,8 @@ PRESET = {4: "--preset laptop --no-compile --batch_size 256 --micro_batch 256",
 MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
               "idlm": "--updates 700",
               "idlm independent": "--updates 700 --pairing independent"},
-          9: {"teacher": "--updates 7500 --batch_size 512 --micro_batch 512 --lr 6e-4 --size 8x8x512",
+          9: {"teacher": "--updates 7500 --batch_size 512 --micro_batch 512 --lr 6e-4 "
+                         "--size 8x8x512",
               "dcd": "--updates 1500 --batch_size 256 --micro_batch 256",
               "idlm": "--updates 1500 --batch_size 256 --micro_batch 256"}}
 
@@ -109,8 +110,8 @@ def puzzles_of(grid, n, rng):
     return puzzles
 
 
-def puzzles_to_solve(path, n, rng):             # -> {clues: (prompts, answers)}, digits (N, n * n) each
-    """Of new grids, written once: a line a puzzle."""
+def puzzles_to_solve(path, n, rng):         # -> {clues: (prompts, answers)}, (N, n * n) each
+    """Written once: a line a puzzle."""
     if not path.exists():
         lines = []
         for _ in tqdm(range(NUM_PUZZLES), "puzzles with one solution", disable=None):
@@ -130,7 +131,7 @@ def digits_of(text):
     return [int(digit) for digit in text.replace(".", "0")]
 
 
-def prompts_of(puzzles):                    # (N, n * n) digits -> (N, 2 n * n) tokens, -1 where free
+def prompts_of(puzzles):                    # (N, n * n) digits -> (N, 2 n * n) tokens, -1 free
     puzzles = torch.as_tensor(puzzles)
     return torch.cat([puzzles + 1, torch.full_like(puzzles, -1)], 1)
 
@@ -158,7 +159,9 @@ def perfect_grids(num_texts, steps, order, rng):           # -> (N, 16) digits
     x = torch.zeros(num_texts, 16, dtype=torch.int64)
     step_of = reveal_steps(x == 0, steps, order, rng)
     for i in range(steps):
-        fits = ((grids == x[:, None]) | (x[:, None] == 0)).all(-1)
+        written = nn.functional.one_hot(x, 5)[..., 1:].float()                  # 0: an empty cell
+        agreeing = written.flatten(1) @ one_hot.flatten(1).T                    # cells, (N, 288)
+        fits = agreeing == written.sum((1, 2))[:, None]
         fits |= ~fits.any(1, keepdim=True)                 # wrong already: any
         p = torch.einsum("ng,gcv->ncv", fits.float(), one_hot)
         drawn = torch.multinomial(p.flatten(0, 1), 1, generator=rng).view_as(x) + 1
@@ -296,5 +299,4 @@ def story(args, flags, data):
         grid = tokens[:, n * n:] - 1
         rules = score(grid, n)["rules"]
         print(f"{args.puzzle}\n{''.join(map(str, grid[0]))}  {rules:.0%} of the rules kept")
-    print(f"wrote {args.out / 'sudoku.json'}. Next: python sample.py --out {args.out}"
-          if n == 9 else f"wrote {args.out / 'sudoku.json'}")
+    print(f"wrote {args.out / 'sudoku.json'}")

@@ -6,7 +6,7 @@
 
 One frame a network pass: what the pass revealed is in colour, spaces too; a mask is a dot. Lines
 break where the finished text breaks them, so no character moves from frame to frame. On a CPU in
-float32: `python sample.py --device cpu --dtype float32` with the same flags prints the same text.
+float32: `sample.py --device cpu --dtype float32 --init_from MODEL`, else the same, prints that text.
 """
 import argparse
 import re
