@@ -145,7 +145,7 @@ def score(grids, n):                        # (N, n * n) digits -> record
     N = len(grids)
     right = (np.sort(grids[:, units(n)]) == np.arange(1, n + 1)).all(-1)         # (N, 3n)
     counts = (grids[..., None] == np.arange(1, n + 1)).sum(0)                    # (n * n, n)
-    record = {"entropy": -xlogx(counts / N).sum() / (n * n * math.log(n)),
+    record = {"entropy": 0 - xlogx(counts / N).sum() / (n * n * math.log(n)),
               "agreement": (counts * (counts - 1)).sum() / (n * n * N * max(1, N - 1))}
     record |= summary("rules", bootstrap(right.mean(1)))
     record |= summary("valid", bootstrap(right.all(1)))

@@ -49,7 +49,8 @@ def at_temperature_1(record):               # and what has none: real text
 def on_first_page(record):                  # of a generator few passes, of its teacher many
     settings = {"idlm": [("random", 4), ("random", 16), ("even", 4), ("even", 16)],
                 "teacher": [("random", 256), ("even", 16)]}.get(record["model"])
-    return not settings or (record["order"], record["steps"]) in settings
+    is_wanted = not settings or (record["order"], record["steps"]) in settings
+    return is_wanted and at_temperature_1(record)
 
 
 def of_sudoku(record):                      # 4 x 4, at most eight rows

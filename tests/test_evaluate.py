@@ -764,12 +764,12 @@ def test_runs_are_averaged_over_seeds_and_settings_kept_apart(tmp_path):
     """Three seeds, 2.3, 2.5, 2.7: 2.5 ± 0.2 (n - 1). Other temperatures are not wanted in this
     table; a single run shows its interval over texts."""
     records = [ROW | {"seed": s, "bits_per_char": x} for s, x in enumerate((2.3, 2.5, 2.7))]
-    records += [ROW | {"steps": 8}, ROW | {"temperature": 0.8, "bits_per_char": 1.23}]
+    records += [ROW | {"steps": 16}, ROW | {"temperature": 0.8, "bits_per_char": 1.23}]
     text = filled(records, tmp_path)
     assert text.startswith("a\n<!-- table:laptop -->\n| model | order | steps | bits_per_char |")
     assert text.endswith("<!-- /table:laptop -->\nz\n") and "old" not in text
     assert "| idlm | even | 4 | 2.5 ± 0.2 | 2.9 | 0.5 | 0 |" in text
-    assert "| idlm | even | 8 | 2.5 ± 0.1 |" in text and "1.23" not in text
+    assert "| idlm | even | 16 | 2.5 ± 0.1 |" in text and "1.23" not in text
     assert "over 3 seeds; rows of one seed, ± half of the 95 % interval over texts; 64" in text
     assert filled(records, tmp_path, text) == text
 
