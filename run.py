@@ -65,7 +65,8 @@ def joined(s):
                 checkpoint.load_network(name, "cpu", s.process)
         yield
     if s.world > 1:
-        dist.destroy_process_group()
+        time.sleep(0.1)                     # torch 2.6: a gloo thread frees its last tensor under
+        dist.destroy_process_group()        # Python's lock, which this call holds: a rare hang
 
 
 class Trainee:

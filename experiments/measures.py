@@ -213,6 +213,8 @@ def ask(judge, name, tokens, with_gradients):
     """-> Score, or a sentence on what is wrong with the judge of this name."""
     try:
         score = judge(tokens, GROUPS if with_gradients else 0)
+    except torch.OutOfMemoryError:          # run_script names the flags
+        raise
     except (RuntimeError, ValueError, LookupError) as error:
         raise BadInput(f"--judge {name} cannot read the text ({first_line(error)}); take another "
                        "judge") from None
