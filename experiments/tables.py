@@ -176,6 +176,20 @@ def caption(table, name, groups):
     return f"{files}: {'; '.join(parts)}."
 
 
+def side_by_side(records):
+    """Our times, and in the same record what the authors' code takes for the same."""
+    theirs = {record["name"]: record for record in records if record["code"] != "ours"}
+    joined = []
+    for record in records:
+        if record["code"] == "ours":
+            rival = theirs.get(record["name"], {})
+            joined.append(record | {"theirs_passes": rival.get("passes"),
+                                    "theirs_ms": rival.get("median_ms"),
+                                    "theirs_ms_per_pass": rival.get("ms_per_pass"),
+                                    "theirs_gib": rival.get("peak_gib")})
+    return joined
+
+
 def fill(text, page, results):
     """The text of a page with its tables as the JSON has them."""
     def block(match):
@@ -191,12 +205,7 @@ def fill(text, page, results):
                                "of experiments/ that writes it")
             records += read_records(path)
         if " " in TABLES[name].file:        # what two files time stands side by side
-            records = [ours | {f"theirs_{key.replace('median_', '').replace('peak_', '')}": theirs[key]
-                               for theirs in records if theirs["code"] != "ours"
-                               and theirs["name"] == ours["name"]
-                               for key in ("passes", "median_ms", "ms_per_pass", "peak_gib")
-                               if theirs.get(key) is not None}
-                       for ours in records if ours["code"] == "ours"]
+            records = side_by_side(records)
         return begin + table_of(name, TABLES[name], records) + end
 
     blocks = BLOCK.findall(text)
