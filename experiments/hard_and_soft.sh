@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Uniform process: the exact update `hard` beside the published `soft`, at three pairs of rates.
+# Uniform process: the exact update `hard` beside the published `soft`, at our rates and the paper's.
 #
 #   NAME=characters bash experiments/hard_and_soft.sh teachers             Shakespeare's characters
 #   NAME=novels DATA='folder/*.txt' TOKENIZER=gpt2 ... teachers            English novels, GPT-2's BPE
@@ -10,8 +10,8 @@
 set -euo pipefail
 NAME=${NAME:-characters} SEED=${SEED:-1} DATA=${DATA:-data/shakespeare.txt} TOKENIZER=${TOKENIZER:-char}
 TEACHER=${TEACHER:-4000} DCD=${DCD:-1000} JUDGE=${JUDGE:-2000} UPDATES=${UPDATES:-500} TEXTS=${TEXTS:-512}
-FLAGS=${FLAGS:---preset gpu} EVAL=${EVAL:-} RECORDS=${RECORDS:-out/hard_and_soft.json}
-SETTINGS=${SETTINGS:-hard 1e-4 3e-4,soft 1e-4 3e-4,soft 1e-5 1e-4,hard 1e-6 1e-6,soft 1e-6 1e-6}
+FLAGS=${FLAGS:---preset gpu} CACHE=${CACHE:-out/cache} RECORDS=${RECORDS:-out/hard_and_soft.json}
+SETTINGS=${SETTINGS:-hard 1e-4 3e-4,soft 1e-4 3e-4,hard 1e-6 1e-6,soft 1e-6 1e-6}
 run="out/$NAME"
 start="$run/teacher.pt"
 judge=ngram
@@ -19,17 +19,18 @@ if [ "$DCD" != 0 ]; then start="$run/dcd.pt"; fi
 if [ "$JUDGE" != 0 ]; then judge="$run/judge.pt"; fi
 
 train() {
-    python3 train.py --process duo --tokenizer "$TOKENIZER" --data "$DATA" $FLAGS "$@"
+    python3 train.py --process duo --tokenizer "$TOKENIZER" --data "$DATA" --cache "$CACHE" $FLAGS --seed "$SEED" "$@"
 }
 evaluate() {
-    python3 evaluate.py --process duo --judge "$judge" --num_texts "$TEXTS" --temperatures 1 0.8 $EVAL "$@"
+    python3 evaluate.py --process duo --judge "$judge" --cache "$CACHE" --num_texts "$TEXTS" --seed "$SEED" \
+        --ending ancestral greedy map --metrics overlap "$@"
 }
 
 if [ "$1" = teachers ]; then
     train --stage teacher --updates "$TEACHER" --out "$run"
     if [ "$DCD" != 0 ]; then train --stage dcd --updates "$DCD" --out "$run"; fi
     if [ "$JUDGE" != 0 ]; then train --stage judge --updates "$JUDGE" --out "$run"; fi
-    evaluate --out "$run" --models teacher --steps 4 16 64 --ending ancestral greedy
+    evaluate --out "$run" --models teacher --steps 4 16 64
     python3 experiments/collect.py "$RECORDS" "$run" data="$NAME"
     exit
 fi
@@ -38,7 +39,7 @@ while IFS=, read -r -d, setting; do
     read -r update lr fake_lr <<< "$setting"
     out="$run-$update-$lr-$SEED"
     train --stage idlm --update "$update" --lr "$lr" --fake_lr "$fake_lr" --updates "$UPDATES" \
-        --batch_size 64 --seed "$SEED" --init_from "$run/teacher.pt" --start_from "$start" --out "$out"
-    evaluate --out "$out" --models idlm --steps 4 16 --ending ancestral greedy map --seed "$SEED"
+        --batch_size 64 --init_from "$run/teacher.pt" --start_from "$start" --out "$out"
+    evaluate --out "$out" --models idlm --steps 4 16
     python3 experiments/collect.py "$RECORDS" "$out" data="$NAME" update="$update" lr="$lr" fake_lr="$fake_lr"
 done <<< "$SETTINGS,"
