@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add("--device")
     add("--dtype", choices=checkpoint.DTYPES)
     add("--watch", action="store_true")
-    add("--export", help="folder to write the model to, in the published layout")
+    add("--export", help="folder to write the model to, in the published layout and --dtype")
     return p.parse_args(argv)
 
 
@@ -92,7 +92,7 @@ def main(argv=None):
     device = checkpoint.pick_device(args.device)
     net, meta = checkpoint.load_network(name, device, args.process)
     if args.export:
-        checkpoint.export(net, meta, args.export)
+        checkpoint.export(net, meta, args.export, args.dtype and getattr(torch, args.dtype))
         return print(f"wrote {args.export}, the weights of {name}")
     process = checkpoint.make_process(meta)
     tokenizer = get_tokenizer(meta["tokenizer"])
