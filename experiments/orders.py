@@ -3,6 +3,7 @@
 
     python experiments/orders.py --out out/sudoku9-mdlm         networks that sudoku.py has trained
     python experiments/orders.py                                4 x 4, trained here
+    python experiments/orders.py --text out/mdlm                text, by the character 6-gram
 
 At each pass as many positions as are due, those with the largest score:
     random       a time for each at random, as published: some passes reveal more than others
@@ -18,6 +19,8 @@ At each pass as many positions as are due, those with the largest score:
 import argparse
 import random
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,9 +29,10 @@ import torch                                                         # noqa: E40
 from tqdm import tqdm                                                # noqa: E402
 
 import checkpoint                                                    # noqa: E402
-from evaluate import append_records, records_table                   # noqa: E402
+from evaluate import Measure, append_records, held_out, load_models  # noqa: E402
+from evaluate import ngram_of, parse_args, records_table             # noqa: E402
 from experiments.sudoku_story import prompts_of, train_all           # noqa: E402
-from generator import ORDERS, reveal_steps                                   # noqa: E402
+from generator import ORDERS, reveal_steps                           # noqa: E402
 from rows import sample_categorical                                  # noqa: E402
 from sudoku import Puzzles, score, units, write_examples             # noqa: E402
 from teacher import Masked                                           # noqa: E402
@@ -112,16 +116,37 @@ def write(net, process, prompt, steps, rule, n, seed):
     return x.cpu().numpy()
 
 
+def score_grids(n, tokens):
+    return score(tokens[:, n * n:] - 1, n)
+
+
+def read_text_models(args):                 # -> {model: network}, scores(tokens), prompt
+    models, data = load_models(parse_args([f"--out={args.text}"]), checkpoint.pick_device(None))
+    _, reference, prompt = held_out(data, args.num_texts)
+    base = {"seed": args.seed, "judge": "ngram"}
+    measure = Measure(data, {"": ngram_of(data)}, reference, base, ["known_words"])
+    nets = {name: net for name, (net, _) in models.items()}
+    return nets, lambda tokens: measure(tokens, kind="model")[0], prompt
+
+
 def main(argv=None):
     p = checkpoint.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path)
+    p.add_argument("--text", type=Path)
     p.add_argument("--num_texts", type=int, default=512)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     p.add_argument("--records", type=Path, default="out/orders.json")
     args, flags = p.parse_known_args(argv)
     n = 9 if args.out else 4
-    if args.out:
+    steps, rules = STEPS[n], args.rules
+    prompt = prompts_of(torch.zeros(args.num_texts, n * n, dtype=torch.int64))
+    scores = partial(score_grids, n)
+    if args.text:
+        rules = [rule for rule in rules if rule != "units"]
+        nets, scores, prompt = read_text_models(args)
+        process = Masked(nets["teacher"].config.vocab_size)
+    elif args.out:
         nets = {}
         for model in "teacher", "idlm":
             nets[model], meta = checkpoint.load_network(args.out / f"{model}.pt",
@@ -135,16 +160,16 @@ def main(argv=None):
         data = Puzzles(str(path), "char", 32, cache=args.out)
         nets = train_all(args, flags, data)
         process = Masked(data.K + 1)
-    prompt = prompts_of(torch.zeros(args.num_texts, n * n, dtype=torch.int64))
     records = []
-    settings = [(m, r, s) for m in nets for r in args.rules for s in STEPS[n]]
-    for model, rule, steps in tqdm(settings, disable=None):
+    for model, rule, number in tqdm(list(product(nets, rules, steps)), disable=None):
         with checkpoint.prepare(nets[model], None):
-            x = write(nets[model], process, prompt, steps, rule, n, args.seed)
-        records.append({"model": model, "order": rule, "steps": steps}
-                       | score(x[:, n * n:] - 1, n))
-    print(records_table(records, "model order steps rules valid entropy agreement js kl seen"))
-    where = checkpoint.provenance(args.seed, nets["teacher"].device) | {"size": n}
+            tokens = write(nets[model], process, prompt, number, rule, n, args.seed)
+        records.append({"model": model, "order": rule, "steps": number} | scores(tokens))
+    print(records_table(records, "model order steps bits_per_char rules valid entropy distinct4 "
+                                 "repetition known_words agreement js kl seen"))
+    where = checkpoint.provenance(args.seed, nets["teacher"].device)
+    if not args.text:
+        where["size"] = n
     append_records(args.records, [where | record for record in records])
 
 

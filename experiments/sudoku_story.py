@@ -247,8 +247,9 @@ def draw_filling(nets, process, n, path, seed, steps=(4, 16), frames=4):
         for number in steps:
             states = []
             prompt = prompts_of(torch.zeros(1, n * n, dtype=torch.int64))
-            sample(nets[model], process, *prompt.shape, number, torch.manual_seed(seed),
-                   prompt=prompt, callback=lambda _, x: states.append(x[0, n * n:].tolist()))
+            with checkpoint.prepare(nets[model], None):
+                sample(nets[model], process, *prompt.shape, number, torch.manual_seed(seed),
+                       prompt=prompt, callback=lambda _, x: states.append(x[0, n * n:].tolist()))
             every = number // frames
             shown += [(f"pass {i + 1} of {number}", states[i])
                       for i in range(every - 1, number, every)]

@@ -38,10 +38,6 @@ class Table(NamedTuple):
     file: str = ""
 
 
-MODEL = "process model order ending steps"
-QUALITY = "passes gen_ppl entropy distinct4 repetition overlap mauve"
-
-
 def at_temperature_1(record):               # and what has none: real text
     return record.get("kind") == "control" or record.get("temperature") in (None, 1)
 
@@ -53,12 +49,21 @@ def on_first_page(record):                  # of a generator few passes, of its 
     return is_wanted and at_temperature_1(record)
 
 
-def of_sudoku(record):                      # 4 x 4, at most eight rows
-    settings = {"perfect denoiser": [("random", 16)],
-                "teacher": [("random", 16), ("shuffled", 16), ("confident", 16)],
-                "idlm": [("shuffled", 8), ("shuffled", 16)],
-                "idlm independent": [("random", 16)]}.get(record["model"])
-    return not settings or (record["order"], record["steps"]) in settings
+FIRST_PAGE_SUDOKU = {                       # at most eight rows
+    (4, "perfect denoiser"): ("random", 16), (4, "teacher"): ("shuffled", 16),
+    (4, "idlm"): ("shuffled", 16), (4, "idlm independent"): ("random", 16),
+    (9, "teacher"): ("confident", 81), (9, "idlm"): ("random", 16)}
+
+
+def of_sudoku(record):
+    size, model, steps = (record.get(key) for key in ("size", "model", "steps"))
+    if record["process"] == "duo":
+        return size == 9 and model != "dcd" and record.get("ending") == "ancestral" and steps == 16
+    return FIRST_PAGE_SUDOKU.get((size, model)) == (record.get("order"), steps)
+
+
+def has(key, value):                        # -> a function: is it so in this record?
+    return lambda record: record[key] == value
 
 
 def is_timed(record):
@@ -66,31 +71,33 @@ def is_timed(record):
                               "sample mdlm 16 B8", "sample duo 4 B8")
 
 
-def is_masked(record):
-    return record["process"] == "mdlm"
-
-
+OF_ORDERS = "rules valid entropy agreement js seen"
+OF_UPDATES = Table("model update lr fake_lr ending steps",
+                   "gen_ppl entropy distinct4 repetition overlap", file="hard_and_soft")
 TABLES = {
     "laptop": Table("model order steps", "bits_per_char entropy distinct4 repetition known_words",
                     on_first_page),
     "laptop_uniform": Table("model ending steps",
-                            "bits_per_char entropy distinct4 repetition known_words",
-                            at_temperature_1),
-    "hard_and_soft": Table("model update lr fake_lr ending steps",
-                           "gen_ppl entropy distinct4 repetition overlap", at_temperature_1),
+                            "bits_per_char entropy distinct4 repetition known_words"),
+    "characters": OF_UPDATES._replace(wanted=has("data", "characters")),
+    "novels": OF_UPDATES._replace(wanted=has("data", "novels")),
     "headline": Table("model order steps", "bits_per_char bits_per_char_2 entropy distinct4 "
                       "repetition overlap known_words mauve_2"),
-    "sudoku": Table("model order steps", "rules valid entropy js seen", of_sudoku),
-    "sudoku_all": Table("model order steps", "passes excess rules valid entropy agreement js kl seen "
-                        "solved_8 solved_6 solved_5", file="sudoku"),
-    "orders": Table("model order steps", "rules valid entropy js seen"),
-    "novels": Table(MODEL, f"{QUALITY} gen_ppl_2 gm", at_temperature_1),
-    "novels_sweep": Table(f"{MODEL} temperature", f"{QUALITY} gen_ppl_matched", is_masked,
-                          file="novels"),
+    "curves": Table("model order steps", "passes gen_ppl entropy distinct4 repetition overlap "
+                    "known_words mauve", at_temperature_1, file="headline_curves"),
+    "sudoku": Table("size process model order ending steps", "rules valid entropy js seen",
+                    of_sudoku),
+    "sudoku_4": Table("process model order ending steps", "passes excess rules valid entropy "
+                      "agreement js kl seen solved_8 solved_6 solved_5", has("size", 4), "sudoku"),
+    "sudoku_9": Table("process model order ending steps", "passes excess rules valid entropy "
+                      "agreement solved_40 solved_32 solved_26", has("size", 9), "sudoku"),
+    "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
+    "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
+    "orders_text": Table("model order steps", "bits_per_char entropy distinct4 repetition "
+                         "known_words", file="orders_text"),
     "speed": Table("name", "passes median_ms ms_per_pass peak_gib theirs_passes theirs_ms "
                    "theirs_ms_per_pass theirs_gib", is_timed,
                    file="bench_h200 authors_h200"),
-    "bench_cpu": Table("name", "median_ms peak_gib tokens_per_s"),
 }
 
 

@@ -778,7 +778,7 @@ def test_runs_are_averaged_over_seeds_and_settings_kept_apart(tmp_path):
     ([ROW, ROW], PAGE, "have seeds .1, 1.; group by one more key"),
     ([], PAGE, "table laptop has no rows"),
     ([ROW], PAGE.replace("laptop", "none"), "has a table 'none', which experiments/tables.py has"),
-    ([ROW], PAGE.replace("laptop", "bench_cpu"), "there is no .*bench_cpu.json"),
+    ([ROW], PAGE.replace("laptop", "headline"), "there is no .*headline.json"),
     ([ROW], PAGE.replace("/table:laptop", "/table:novels"), "of the same name"),
     ([ROW], "<!-- table:laptop -->", "of the same name")])
 def test_a_table_that_cannot_be_filled(tmp_path, records, page, sentence):
