@@ -62,6 +62,16 @@ def of_sudoku(record):
     return FIRST_PAGE_SUDOKU.get((size, model)) == (record.get("order"), steps)
 
 
+def is_grid(size):                          # with fewer than four passes hardly one is right
+    return lambda record: record["size"] == size and record.get("steps", 4) >= 4
+
+
+def is_puzzle(record):                      # 9 x 9
+    chosen = "random", "confident", "ancestral"
+    choice = record.get("order") or record.get("ending")
+    return record["size"] == 9 and choice in chosen and record["steps"] in (1, 2, 4, 8, 16)
+
+
 def has(key, value):                        # -> a function: is it so in this record?
     return lambda record: record[key] == value
 
@@ -87,10 +97,12 @@ TABLES = {
                     "known_words mauve", at_temperature_1, file="headline_curves"),
     "sudoku": Table("size process model order ending steps", "rules valid entropy js seen",
                     of_sudoku),
-    "sudoku_4": Table("process model order ending steps", "passes excess rules valid entropy "
-                      "agreement js kl seen solved_8 solved_6 solved_5", has("size", 4), "sudoku"),
-    "sudoku_9": Table("process model order ending steps", "passes excess rules valid entropy "
-                      "agreement solved_40 solved_32 solved_26", has("size", 9), "sudoku"),
+    "sudoku_4": Table("model order steps", "passes excess rules valid entropy agreement js kl seen "
+                      "solved_8 solved_6 solved_5", is_grid(4), "sudoku"),
+    "sudoku_9": Table("process model order ending steps",
+                      "passes excess rules valid entropy agreement", is_grid(9), "sudoku"),
+    "puzzles": Table("process model order ending steps", "solved_40 solved_32 solved_26",
+                     is_puzzle, "sudoku"),
     "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
     "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
     "orders_text": Table("model order steps", "bits_per_char entropy distinct4 repetition "
