@@ -144,7 +144,7 @@ def excess_of(net, process, data, rng, rounds=16):
     for _ in range(rounds):
         x_0, free = data.batch("val", 256, rng)
         x_0[:, :cells] = 1                  # dots
-        with torch.no_grad():
+        with torch.no_grad(), checkpoint.prepare(net, None):
             losses.append(nelbo(net, process, x_0, rng, free=free).item())
     excess = np.mean(losses) - math.log(NUM_GRIDS[math.isqrt(cells)]) / cells
     half = 1.96 * np.std(losses) / math.sqrt(rounds)

@@ -199,6 +199,9 @@ def test_export_writes_the_same_model(capsys, process):
     head, after = write(capsys, "--init_from", "folder", *flags)
     assert after == before and head.endswith(f"folder ({process}, idlm)")
     refused(lambda: sample.main(["--process", process, "--export", "folder"]), "another folder")
+    sample.main(["--process", process, "--export", "half", "--dtype", "bfloat16"])
+    whole, half = (Path(name, "model.safetensors").stat().st_size for name in ("folder", "half"))
+    assert half < 0.7 * whole and write(capsys, "--init_from", "half", *flags)[1]
 
 
 def test_the_shipped_model_answers_last(capsys):

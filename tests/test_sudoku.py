@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import seeded
 
+import checkpoint
 import sudoku
 from data import BadInput
+from experiments.orders import choose
 from experiments.sudoku_story import perfect_grids, puzzles_of
 from sudoku import Puzzles, score, solutions, symmetric, units, write_examples
 
@@ -137,8 +139,9 @@ def test_batches(examples):
 
 
 def test_story(tmp_path, capsys, monkeypatch):
-    """The whole of it, untrained: table, records and pictures."""
+    """The whole of it, untrained, in a GPU's dtype: table, records and pictures."""
     from experiments import sudoku_story
+    monkeypatch.setattr(checkpoint, "pick_dtype", lambda dtype, device: "bfloat16")
     monkeypatch.setattr(sudoku, "NUM_EXAMPLES", {4: 288 * 2})
     monkeypatch.setattr(sudoku_story, "NUM_PUZZLES", 3)
     monkeypatch.setattr(sudoku_story, "STEPS", {4: [2]})
@@ -152,6 +155,22 @@ def test_story(tmp_path, capsys, monkeypatch):
     assert len(records) == 1 + 3 + 3 * 2 and records[-1]["size"] == 4
     for picture in "rules.png", "filling.png":
         assert (tmp_path / picture).stat().st_size > 5000
+
+
+@pytest.mark.parametrize("rule", ["token", "entropy", "gumbel", "apart", "exclusive", "units"])
+def test_orders_choose_as_many_as_are_due(rule):
+    """Of the positions that are left; `units` no two cells of a row, while it can."""
+    rng = seeded(0)
+    left = torch.zeros(6, 32, dtype=torch.bool)
+    left[:, 16:] = torch.rand(6, 16, generator=rng) < 0.7
+    left[:, 16:20] = True                                  # the first row
+    log_p = torch.randn(6, 32, 4, generator=rng).log_softmax(-1)
+    tokens = torch.randint(4, (6, 32), generator=rng)
+    due = torch.tensor([0, 1, 2, 3, 4, 4])
+    chosen = choose(rule, log_p, tokens, left, due, 4)
+    assert (chosen & ~left).sum() == 0 and torch.equal(chosen.sum(1), due)
+    if rule == "units":
+        assert chosen[2, 16:].view(4, 4).sum(1).max() == 1
 
 
 @pytest.mark.parametrize("flags, said", [
