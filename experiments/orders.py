@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """In which order should [MASK] be revealed? Rules for choosing positions, compared on Sudoku.
 
-    python experiments/orders.py --out out/sudoku9-mdlm         networks that sudoku.py has trained
-    python experiments/orders.py                                4 x 4, trained here
-    python experiments/orders.py --text out/mdlm                text, by the character 6-gram
+    python experiments/orders.py --num_texts 4000               4 x 4, trained here
+    python experiments/orders.py --num_texts 1000 --out out/sudoku9-mdlm     9 x 9, by sudoku.py
+    python experiments/orders.py --num_texts 128 --text out/mdlm    text, by the character 6-gram
 
 At each pass as many positions as are due, those with the largest score:
     random       a time for each at random, as published: some passes reveal more than others
@@ -94,15 +94,14 @@ def choose(rule, log_p, tokens, left, due, n):             # -> (B, L) bool
 
 @torch.no_grad()
 def write(net, process, prompt, steps, rule, n, seed):
-    torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.manual_seed(seed)           # one generator: two of one seed draw the same numbers
     prompt = prompt.to(net.device)
     left = prompt < 0
     x = prompt.masked_fill(left, process.mask_id)
     if rule in ORDERS:
         step_of = reveal_steps(left.cpu(), steps, rule, rng).to(net.device)
     for i in range(steps):
-        logits = net(x, torch.zeros(len(x)))[..., :process.K].float()
+        logits = net(x, torch.zeros(len(x)))[..., :process.K].double()   # else sure rows are ties
         u = torch.rand(x.numel(), device=net.device, dtype=torch.float64)
         tokens = sample_categorical(logits.flatten(0, 1), u).view_as(x)
         if rule in ORDERS:
@@ -159,6 +158,7 @@ def main(argv=None):
             write_examples(path, 4, random.Random(args.seed))
         data = Puzzles(str(path), "char", 32, cache=args.out)
         nets = train_all(args, flags, data)
+        del nets["idlm independent"]
         process = Masked(data.K + 1)
     records = []
     for model, rule, number in tqdm(list(product(nets, rules, steps)), disable=None):
