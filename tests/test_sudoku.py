@@ -12,9 +12,10 @@ from conftest import seeded
 import checkpoint
 import sudoku
 from data import BadInput
-from experiments.orders import choose
+from experiments.orders import choose, write
 from experiments.sudoku_story import perfect_grids, puzzles_of
 from sudoku import Puzzles, score, solutions, symmetric, units, write_examples
+from teacher import Masked
 
 rng = random.Random(0)
 GRIDS = np.array(list(solutions([0] * 16, 4, rng)))
@@ -171,6 +172,17 @@ def test_orders_choose_as_many_as_are_due(rule):
     assert (chosen & ~left).sum() == 0 and torch.equal(chosen.sum(1), due)
     if rule == "units":
         assert chosen[2, 16:].view(4, 4).sum(1).max() == 1
+
+
+@pytest.mark.parametrize("rule", ["random", "shuffled", "gumbel"])
+def test_orders_draw_tokens_apart_from_times(rule):
+    """Flat rows give flat tokens, whichever are revealed first."""
+    def net(x, sigma):
+        return torch.zeros(*x.shape, 4)
+
+    net.device = torch.device("cpu")
+    tokens = write(net, Masked(5), torch.full((100, 32), -1), 2, rule, 4, seed=0)
+    assert abs(tokens.mean() - 1.5) < 0.1                  # 5 standard deviations
 
 
 @pytest.mark.parametrize("flags, said", [
