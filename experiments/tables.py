@@ -44,7 +44,7 @@ def at_temperature_1(record):               # and what has none: real text
 
 def on_first_page(record):                  # of a generator few passes, of its teacher many
     settings = {"idlm": [("random", 4), ("random", 16), ("even", 4), ("even", 16)],
-                "teacher": [("random", 256), ("even", 16)]}.get(record["model"])
+                "teacher": [("random", 16), ("random", 256), ("even", 16)]}.get(record["model"])
     is_wanted = not settings or (record["order"], record["steps"]) in settings
     return is_wanted and at_temperature_1(record)
 
