@@ -547,7 +547,7 @@ def test_the_shipped_model_is_whole(tmp_path):
     assert load_network(shipped)[1]["stage"] == "idlm"
     shutil.copytree(shipped, tmp_path / "idlm")
     config = tmp_path / "idlm/config.json"
-    config.write_text(config.read_text(encoding="utf-8").replace("3000", "3001"), encoding="utf-8")
+    config.write_text(config.read_text(encoding="utf-8").replace("1500", "1501"), encoding="utf-8")
     refused(lambda: load_network(tmp_path / "idlm"), "not as they were exported together")
 
 
