@@ -50,9 +50,11 @@ def on_first_page(record):                  # of a generator few passes, of its 
 
 
 def of_sudoku(record):                      # eight rows, all of 16 passes
-    wanted = ["teacher", "idlm"] + ["perfect denoiser", "idlm independent"] * (record["size"] == 4)
+    wanted = {(4, "mdlm"): ("teacher", "idlm", "idlm independent"), (4, "duo"): ("teacher", "idlm"),
+              (9, "mdlm"): ("idlm",), (9, "duo"): ("teacher", "idlm")}
     choice = record.get("order") or record.get("ending")
-    return record["model"] in wanted and record["steps"] == 16 and choice in ("random", "ancestral")
+    is_wanted = record["model"] in wanted[record["size"], record["process"]]
+    return is_wanted and record["steps"] == 16 and choice in ("random", "ancestral")
 
 
 def is_grid(size):                          # with fewer than four passes hardly one is right
@@ -94,8 +96,8 @@ TABLES = {
                     "known_words mauve", at_temperature_1, file="headline_curves"),
     "sudoku": Table("size process model order ending steps", "rules valid entropy js seen",
                     of_sudoku),
-    "sudoku_4": Table("model order steps", "passes excess rules valid entropy agreement js kl seen "
-                      "solved_8 solved_6 solved_5", is_grid(4), "sudoku"),
+    "sudoku_4": Table("process model order ending steps", "passes excess rules valid entropy "
+                      "agreement js kl seen solved_8 solved_6 solved_5", is_grid(4), "sudoku"),
     "sudoku_9": Table("process model order ending steps",
                       "passes excess rules valid entropy agreement", is_grid(9), "sudoku"),
     "puzzles": Table("process model order ending steps", "solved_40 solved_32 solved_26",
