@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Sudoku: a text is right or wrong, and the law of all right ones is known. No metric to please.
 
-    python sudoku.py                4 x 4 on a CPU, some minutes: examples, table and pictures in
-                                    out/sudoku4-mdlm
-    python sudoku.py --size 9       9 x 9, for a GPU
+    python sudoku.py                4 x 4, five minutes on two CPU cores: examples, table and
+                                    pictures in out/sudoku4-mdlm
+    python sudoku.py --size 9       9 x 9, twenty minutes on a GPU
     python sudoku.py --process duo  the uniform process; flags that are not ours go on to train.py
     python sudoku.py --puzzle 12..............     train, then solve this one, too
 

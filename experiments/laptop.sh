@@ -7,14 +7,10 @@ set -euo pipefail
 PROCESS=${PROCESS:-mdlm} SEEDS=${SEEDS:-1 2 3}
 judge=out/laptop-judge/judge.pt
 
-if [ ! -e "$judge" ]; then
-    python3 train.py --preset laptop --stage judge --out out/laptop-judge
-fi
+python3 train.py --preset laptop --stage judge --out out/laptop-judge
 for seed in $SEEDS; do
     out="out/laptop-$PROCESS-$seed"
-    if [ ! -e "$out/idlm.pt" ]; then
-        python3 train.py --preset laptop --process "$PROCESS" --seed "$seed" --out "$out"
-    fi
+    python3 train.py --preset laptop --process "$PROCESS" --seed "$seed" --out "$out"
     python3 evaluate.py --process "$PROCESS" --out "$out" --seed "$seed" --judge ngram "$judge" --mauve --num_texts 256 \
         --steps 4 16 256 --metrics known_words --ending ancestral map
     python3 experiments/collect.py "out/laptop-$PROCESS.json" "$out" data=characters

@@ -67,10 +67,6 @@ def is_puzzle(record):                      # 9 x 9
     return record["size"] == 9 and choice in chosen and record["steps"] in (1, 2, 4, 8, 16)
 
 
-def of_orders_9(record):                    # docs/sudoku.md says why
-    return record["size"] == 9 and (record["model"] == "teacher" or record["steps"] <= 16)
-
-
 def has(key, value):                        # -> a function: is it so in this record?
     return lambda record: record[key] == value
 
@@ -103,7 +99,7 @@ TABLES = {
     "puzzles": Table("process model order ending steps", "solved_40 solved_32 solved_26",
                      is_puzzle, "sudoku"),
     "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
-    "orders_9": Table("model order steps", OF_ORDERS, of_orders_9, "orders"),
+    "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
     "orders_text": Table("model order steps", "bits_per_char entropy distinct4 repetition "
                          "known_words", file="orders_text"),
     "speed": Table("name", "passes median_ms ms_per_pass peak_gib theirs_passes theirs_ms "
