@@ -4,11 +4,12 @@
     python experiments/bench.py --all       train and sample, 5 minutes at the paper's shape
     python experiments/bench.py train       an update of train.py's `distil`: masked, hard, soft
     python experiments/bench.py sample      texts of a generator: 16 steps masked, 4 steps uniform
-    python experiments/bench.py scaling     updates over lengths and batch sizes
+    python experiments/bench.py scaling     masked updates over lengths, batch sizes, vocabularies
     python experiments/bench.py "train soft"    one case
 
-Other flags are train.py's and go to every case: --batch_size, --block_size, --size, --device,
---no-compile. Networks are new and texts random. On a CPU the default sizes are a toy's.
+Other flags go to every case: --vocab, the number of tokens (50,257, as GPT-2), and train.py's
+--batch_size, --block_size, --size, --device, --no-compile. Networks are new and texts random. On a
+CPU the default sizes are a toy's.
 
 mfu is FLOPs / time / the chip's dense bfloat16 peak; the FLOPs are what torch counts in an
 uncompiled round that computes nothing twice. The authors' times are of their released code, eager,
@@ -32,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode                 # noqa: E40
 
 import rows                                                          # noqa: E402
 import train                                                         # noqa: E402
-from checkpoint import Parser, prepare, provenance, run_script       # noqa: E402
+from checkpoint import Parser, number, prepare, provenance, run_script       # noqa: E402
 from data import BadInput                                            # noqa: E402
 from evaluate import append_records, read_records                    # noqa: E402
 from generator import sample                                         # noqa: E402
@@ -55,7 +56,8 @@ CASES = [("train", "mdlm", "--process mdlm"),
 CASES += [("sample", f"{process} {steps}", f"--process {process} --batch_size {B}")
           for process, steps in STEPS.items() for B in (8, 32)]
 CASES += [("scaling", "mdlm", f"--block_size {L}") for L in (256, 512, 1024, 2048)]
-CASES += [("scaling", "mdlm", f"--batch_size {B}") for B in (2, 4, 16)]
+CASES += [("scaling", "mdlm", f"--batch_size {B}") for B in (2, 4, 16, 32)]
+CASES += [("scaling", "mdlm", f"--vocab {V}") for V in (256, 16_384, 131_072)]
 
 
 # ---- what is measured: functions that build networks and return a function of one round ---------
@@ -84,7 +86,7 @@ class Synthetic(Run):
         self.prepare()
 
     def batch(self, split, B, rng, part):
-        return torch.randint(K, (B, self.s.block_size), generator=rng)[part], None
+        return torch.randint(self.process.K, (B, self.s.block_size), generator=rng)[part], None
 
     def note(self, step, values):
         pass
@@ -151,9 +153,12 @@ def count_flops(build, s, process):
 
 def run_case(mode, label, flags):
     """-> record"""
+    p = Parser()
+    p.add_argument("--vocab", type=number(int, 2), default=K)
+    own, flags = p.parse_known_args(flags)
     s = train.settings_of(train.parse_args([*SIZES.split(), *flags]), "idlm")
     s.micro_batch, s.num_micro = s.batch_size, 1
-    process = Masked(K + 1) if s.process == "mdlm" else Uniform(K)
+    process = Masked(own.vocab + 1) if s.process == "mdlm" else Uniform(own.vocab)
     build = sampling if mode == "sample" else training
     where = provenance(s.seed, s.device)
     peak = max(rate * (chip in where["device"]) for chip, rate in PEAK.items())
@@ -168,7 +173,8 @@ def run_case(mode, label, flags):
         torch.cuda.reset_peak_memory_stats()
     times, again = measure(build(s, process), ITERS, cuda)
     ms, tenths = median(times), quantiles(times, n=10, method="inclusive")
-    record = {"name": f"{mode} {label} B{s.batch_size}", "code": "ours", "L": s.block_size, "size": s.size,
+    record = {"name": f"{mode} {label} B{s.batch_size}", "code": "ours",
+              "B": s.batch_size, "L": s.block_size, "V": own.vocab, "size": s.size,
               "median_ms": round(ms, 3), "p10_ms": round(tenths[0], 3),
               "p90_ms": round(tenths[-1], 3), "recompilations": again,
               "tokens_per_s": round(1e3 * s.batch_size * s.block_size / ms)}
