@@ -10,8 +10,7 @@
 An example is a puzzle, the prompt, and the grid that solves it, the answer; a dot is an empty cell.
 There are 288 grids of 4 x 4; those of 9 x 9 come from a randomised solver. A training batch takes
 symmetries of the grids (digits, rows in bands, bands, columns, stacks, transposition) and clues
-anew: none in half of the puzzles (9 x 9: three quarters), any number in the others. Of grids
-without clues the table shows
+anew: none in half of the puzzles, any number in the others. Of grids without clues the table shows
 
     rules, valid   share of rows, columns and boxes that are right; of grids in which all are
     entropy        of the digit of a cell over the grids, 1 where all digits are as frequent
@@ -42,7 +41,6 @@ from train import STAGES
 
 NUM_GRIDS = {4: 288, 9: 6_670_903_752_021_072_936_960}
 NUM_EXAMPLES = {4: 25 * 288, 9: 50_000}
-NO_CLUES = {4: 1 / 2, 9: 3 / 4}             # share of a batch
 # ---- grids: lists of digits 1 ... n, 0 in an empty cell -----------------------------------------
 
 @cache
@@ -120,8 +118,7 @@ class Puzzles(TextData):
         x_0, free = super().batch(split, B, rng)
         cells = x_0.shape[1] // 2
         grid = symmetric(x_0[:, cells:] - 2, math.isqrt(cells), rng) + 2
-        none = NO_CLUES[math.isqrt(cells)]
-        share = torch.rand(B, 1, generator=rng).sub(none).div(1 - none)          # of clues
+        share = torch.rand(B, 1, generator=rng).mul(2).sub(1)        # of clues: none in half
         is_clue = torch.rand(B, cells, generator=rng) < share
         puzzle = torch.where(is_clue, grid, 1)
         return Batch(torch.cat([puzzle, grid], 1)[part], free[part])

@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# Do more updates of the generator help? Characters, the masked teacher of `--preset gpu --size 6x4x256`.
+# Do more updates of the generator help? Characters, one teacher of experiments/laptop.sh, which runs first.
 #
-#   bash experiments/headline.sh train                   teacher and judge first
-#   bash experiments/updates.sh                          then ten minutes of a GPU
+#   PROCESS=mdlm bash experiments/updates.sh             half an hour of a CPU core; then duo
 #
-# Appends to out/updates.json. SETTINGS: updates, rate of the generator, rate of the fake.
+# Writes a folder a setting and appends to out/updates.json. A setting: updates, the generator's rate, the fake's.
 set -euo pipefail
-RUN=${RUN:-out/shakespeare} RECORDS=${RECORDS:-out/updates.json} FLAGS=${FLAGS:---preset gpu} TEXTS=${TEXTS:-390}
-SETTINGS=${SETTINGS:-150 1e-4 3e-4,500 1e-4 3e-4,1500 1e-4 3e-4,5000 1e-4 3e-4,15000 1e-4 3e-4,1500 3e-5 3e-4,5000 3e-5 3e-4}
+PROCESS=${PROCESS:-mdlm} SEED=${SEED:-1}
+SETTINGS=${SETTINGS:-350 3e-4 1e-3,1050 3e-4 1e-3,3500 3e-4 1e-3,1050 1e-4 1e-3}
+run="out/laptop-$PROCESS-$SEED"
+start="$run/teacher.pt"
+if [ "$PROCESS" = duo ]; then start="$run/dcd.pt"; fi
 
 while IFS=, read -r -d, setting; do
     read -r updates lr fake_lr <<< "$setting"
-    out="$RUN-$updates-$lr"
-    python3 train.py $FLAGS --stage idlm --init_from "$RUN/teacher.pt" --updates "$updates" --lr "$lr" --fake_lr "$fake_lr" \
-        --out "$out"
-    python3 evaluate.py --out "$out" --models idlm --judge "$RUN/judge.pt" --mauve --num_texts "$TEXTS" --steps 4 8 16 64 \
-        --order random even shuffled --metrics overlap known_words
-    python3 experiments/collect.py "$RECORDS" "$out" updates="$updates" lr="$lr" fake_lr="$fake_lr"
+    out="$run-$updates-$lr"
+    python3 train.py --preset laptop --process "$PROCESS" --stage idlm --seed "$SEED" --init_from "$run/teacher.pt" \
+        --start_from "$start" --updates "$updates" --lr "$lr" --fake_lr "$fake_lr" --out "$out"
+    python3 evaluate.py --process "$PROCESS" --out "$out" --models idlm --seed "$SEED" --judge ngram out/laptop-judge/judge.pt \
+        --mauve --num_texts 256 --steps 4 16 --metrics known_words --ending ancestral map
+    python3 experiments/collect.py out/updates.json "$out" updates="$updates" lr="$lr" fake_lr="$fake_lr"
 done <<< "$SETTINGS,"
