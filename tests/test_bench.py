@@ -143,6 +143,25 @@ def test_flops_count_no_row_twice(monkeypatch):
     assert (rows.KEEP_ELEMENTS, rows.CHUNK_ELEMENTS) == (64, 256)
 
 
+def test_a_case_may_have_another_vocabulary(monkeypatch):
+    seen = []
+
+    def training(s, process):
+        seen.append(process.K)
+        return lambda: None
+
+    monkeypatch.setattr(bench, "training", training)
+    record = bench.run_case("scaling", "mdlm", [*TINY, "--vocab", "50"])
+    assert bench.run_case("scaling", "mdlm", TINY)["V"] == 30
+    assert record["V"] == 50
+    assert seen == [50, 30]
+
+
+def test_a_vocabulary_without_a_choice_is_refused():
+    with pytest.raises(BadInput, match="--vocab"):
+        bench.run_case("scaling", "mdlm", [*TINY, "--vocab", "1"])
+
+
 # ---- what is measured ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["mdlm", "hard", "soft"])
