@@ -8,7 +8,7 @@
 #   PROCESS=mdlm SEED=1 bash experiments/novels.sh evaluate        teacher and student
 #   PROCESS=mdlm SEED=1 bash experiments/novels.sh longer          3 and 10 times the updates
 #
-# One GPU; writes out/novels/ and appends to out/novels.json. Other sizes: the variables.
+# One GPU; writes out/novels/ and appends to out/novels.json. Other sizes: the variables. Run whole only at toy size so far.
 set -euo pipefail
 PROCESS=${PROCESS:-mdlm} SEED=${SEED:-1} CACHE=${CACHE:-out/cache} RECORDS=${RECORDS:-out/novels.json}
 TEACHER=${TEACHER:-2000} DCD=${DCD:-400} JUDGE=${JUDGE:-1500} UPDATES=${UPDATES:-400} TEXTS=${TEXTS:-256}
@@ -57,11 +57,10 @@ longer)
 evaluate)
     if [ "$PROCESS" = mdlm ]; then
         evaluate --out "$teacher" --models teacher --steps 4 16 64 256 1024
-        python3 experiments/collect.py "$RECORDS" "$teacher" run=teacher
-        exit
+    else
+        evaluate --out "$teacher" --models teacher --steps 64 1024 --ending ancestral
+        python3 experiments/collect.py "$RECORDS" "$teacher" run=many
+        evaluate --out "$teacher" --models teacher dcd --steps 4 8 16
     fi
-    evaluate --out "$teacher" --models teacher dcd --steps 4 8 16
-    python3 experiments/collect.py "$RECORDS" "$teacher" run=teacher
-    evaluate --out "$teacher" --models teacher --steps 64 1024 --ending ancestral
-    python3 experiments/collect.py "$RECORDS" "$teacher" run=many ;;
+    python3 experiments/collect.py "$RECORDS" "$teacher" run=teacher ;;
 esac

@@ -67,10 +67,6 @@ def is_puzzle(record):                      # 9 x 9
     return record["size"] == 9 and choice in chosen and record["steps"] in (1, 2, 4, 8, 16)
 
 
-def is_generator(record):
-    return record["model"] == "idlm"
-
-
 def has(key, value):                        # -> a function: is it so in this record?
     return lambda record: record[key] == value
 
@@ -88,7 +84,8 @@ TABLES = {
     "laptop": Table("model order steps", OF_TEXT, on_first_page),
     "laptop_masked": Table("model order steps", OF_TEXT, file="laptop"),
     "laptop_uniform": Table("model ending steps", OF_TEXT),
-    "updates": Table("process model order ending steps updates lr fake_lr", OF_TEXT, is_generator),
+    "updates": Table("process model order ending steps updates lr fake_lr", OF_TEXT,
+                     has("model", "idlm")),
     "characters": OF_UPDATES._replace(wanted=has("data", "characters")),
     "novels": OF_UPDATES._replace(wanted=has("data", "novels")),
     "headline": Table("model order steps", "bits_per_char bits_per_char_2 entropy distinct4 "

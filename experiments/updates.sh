@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Do more updates of the generator help? Characters, one teacher of experiments/laptop.sh, which runs first.
 #
-#   PROCESS=mdlm bash experiments/updates.sh             half an hour of a CPU core; then duo
+#   PROCESS=mdlm bash experiments/updates.sh             fifty minutes of a CPU core; then duo
 #
 # Writes a folder a setting and appends to out/updates.json. A setting: updates, the generator's rate, the fake's.
 set -euo pipefail
