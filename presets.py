@@ -23,7 +23,7 @@ PRESETS = {
         warmup=100, lr_decay=0.1, beta2=0.95, clip=1.0, adam_eps=1e-8, ema=0.999,
         teacher_updates=10_000, teacher_lr=1e-3,
         dcd_updates=2000, dcd_lr=1e-4,
-        idlm_updates=1500, idlm_lr=1e-4, fake_lr=3e-4, idlm_ema=0.99,
+        idlm_updates=1500, idlm_lr=3e-5, fake_lr=3e-4, idlm_ema=0.99,
         judge_updates=3000, judge_lr=1e-3),
     # The paper's recipe: 169M parameters, batch 512, blocks [eos] text [eos], no clipping, a rate
     # that stays as it is after warm-up. The released loss is a sum over 1,024 positions, ours their

@@ -34,7 +34,7 @@ MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
           9: {"teacher": "--updates 10000 --batch_size 512 --micro_batch 512 --lr 6e-4 "
                          "--size 8x8x512",
               "dcd": "--updates 1500 --batch_size 256 --micro_batch 256",
-              "idlm": "--updates 1500 --batch_size 256 --micro_batch 256"}}
+              "idlm": "--updates 1500 --lr 1e-4 --batch_size 256 --micro_batch 256"}}
 
 
 # ---- networks -----------------------------------------------------------------------------------
