@@ -49,6 +49,10 @@ def on_first_page(record):                  # of a generator few passes, of its 
     return is_wanted and at_temperature_1(record)
 
 
+def of_few_passes(record):                  # and what has none: real text
+    return record.get("steps", 4) <= 16 and record.get("ending") != "map"
+
+
 def of_sudoku(record):                      # eight rows, all of 16 passes
     wanted = {(4, "mdlm"): ("teacher", "idlm", "idlm independent"), (4, "duo"): ("teacher", "idlm"),
               (9, "mdlm"): ("idlm",), (9, "duo"): ("teacher", "idlm")}
@@ -76,18 +80,22 @@ def is_timed(record):
                               "sample mdlm 16 B8", "sample duo 4 B8")
 
 
+OF_NOVELS = "gen_ppl entropy distinct4 repetition mauve"
 OF_TEXT = "bits_per_char entropy distinct4 repetition known_words mauve_2"
 OF_ORDERS = "rules valid entropy agreement js seen"
 OF_UPDATES = Table("model update lr fake_lr ending steps",
                    "gen_ppl entropy distinct4 repetition overlap", file="hard_and_soft")
 TABLES = {
-    "laptop": Table("model order steps", OF_TEXT, on_first_page),
+    "laptop": Table("model order steps", OF_TEXT.replace("known_words ", ""), on_first_page),
     "laptop_masked": Table("model order steps", OF_TEXT, file="laptop"),
     "laptop_uniform": Table("model ending steps", OF_TEXT),
-    "updates": Table("process model order ending steps updates lr fake_lr", OF_TEXT,
-                     has("model", "idlm")),
+    "updates": Table("process model updates lr order ending steps", OF_TEXT),
     "characters": OF_UPDATES._replace(wanted=has("data", "characters")),
-    "novels": OF_UPDATES._replace(wanted=has("data", "novels")),
+    "soft_novels": OF_UPDATES._replace(wanted=has("data", "novels")),
+    "novels_masked": Table("model lr order steps", OF_NOVELS, has("process", "mdlm"), "novels"),
+    "novels_uniform": Table("model lr ending steps", OF_NOVELS, has("process", "duo"), "novels"),
+    "box": Table("process model lr updates order ending steps", "gen_ppl entropy distinct4 "
+                 "repetition overlap known_words mauve", of_few_passes),
     "headline": Table("model order steps", "bits_per_char bits_per_char_2 entropy distinct4 "
                       "repetition overlap known_words mauve_2"),
     "curves": Table("model order steps", "passes gen_ppl entropy distinct4 repetition overlap "
@@ -107,7 +115,7 @@ TABLES = {
     "speed": Table("name", "passes median_ms ms_per_pass peak_gib theirs_passes theirs_ms "
                    "theirs_ms_per_pass theirs_gib", is_timed,
                    file="bench_h200 authors_h200"),
-    "scaling": Table("L B", "median_ms p10_ms p90_ms tokens_per_s peak_gib tflop mfu"),
+    "scaling": Table("L B V machine", "median_ms p10_ms p90_ms tokens_per_s peak_gib tflop mfu"),
 }
 
 
