@@ -176,6 +176,7 @@ def main(argv=None):
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=1)
     add("--num_texts", type=number(int, 16), default=5000, help="grids a row")
     add("--puzzle", help="one more to solve: digits and dots")
+    add("--empty", action="store_true", help="no puzzles, half of the time")
     args, flags = p.parse_known_args(argv)
     n = args.size
     args.out = args.out or Path(f"out/sudoku{n}-{args.process}")

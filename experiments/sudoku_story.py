@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import checkpoint
 import train
+from data import BadInput, Batch
 from evaluate import append_records, records_table, write_texts
 from experiments.measures import wilson
 from generator import ORDERS, reveal_steps, sample
@@ -22,6 +23,7 @@ from run import Run, joined
 from sudoku import NUM_GRIDS, as_text, score, solutions, units
 from teacher import Masked, Uniform, duo_loss, mdlm_loss
 
+DOT = 1                                     # its token
 NUM_PUZZLES = 200                           # of each number of clues
 CLUES = {4: [8, 6, 5], 9: [40, 32, 26]}
 STEPS = {4: [1, 2, 4, 8, 16], 9: [1, 2, 4, 8, 16, 32, 81]}
@@ -35,6 +37,33 @@ MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
                          "--size 8x8x512",
               "dcd": "--updates 1500 --batch_size 256 --micro_batch 256",
               "idlm": "--updates 1500 --lr 1e-4 --batch_size 256 --micro_batch 256"}}
+
+
+# ---- data without puzzles ---------------------------------------------------------------------
+
+class Grids:
+    """Puzzles' grids behind one dot: no clues, and half of the length. The dot stays, as rotary
+    positions need something to count from in an empty grid."""
+
+    def __init__(self, puzzles):
+        self.puzzles = puzzles
+        self.cells = puzzles.block_size // 2
+        self.block_size = 1 + self.cells
+        self.key = f"{puzzles.key}-empty"
+
+    def __getattr__(self, name):
+        return getattr(self.puzzles, name)
+
+    def behind_a_dot(self, x_0, free):
+        x_0, free = x_0[:, self.cells - 1:], free[:, self.cells - 1:]
+        x_0[:, 0] = DOT
+        return Batch(x_0, free)
+
+    def batch(self, *args):
+        return self.behind_a_dot(*self.puzzles.batch(*args))
+
+    def val_blocks(self, n):
+        return self.behind_a_dot(*self.puzzles.val_blocks(n))
 
 
 # ---- networks -----------------------------------------------------------------------------------
@@ -133,20 +162,26 @@ def digits_of(text):
 
 def prompts_of(puzzles):                    # (N, n * n) digits -> (N, 2 n * n) tokens, -1 free
     puzzles = torch.as_tensor(puzzles)
-    return torch.cat([puzzles + 1, torch.full_like(puzzles, -1)], 1)
+    return torch.cat([puzzles + DOT, torch.full_like(puzzles, -1)], 1)
 
 
-def excess_of(net, process, data, rng, rounds=16):
+def empty_prompts(data, num_texts, n):      # -> (N, L) tokens, -1 free
+    prompts = torch.full((num_texts, data.block_size), -1)
+    prompts[:, :-n * n] = DOT
+    return prompts
+
+
+def excess_of(net, process, data, n, rng, rounds=16):
     """NELBO of grids without clues less the entropy of a cell, nats a cell. -> record"""
     nelbo = mdlm_loss if isinstance(process, Masked) else duo_loss
-    cells = data.block_size // 2
+    cells = n * n
     losses = []
     for _ in range(rounds):
         x_0, free = data.batch("val", 256, rng)
-        x_0[:, :cells] = 1                  # dots
+        x_0[:, :-cells] = DOT
         with torch.no_grad(), checkpoint.prepare(net, None):
             losses.append(nelbo(net, process, x_0, rng, free=free).item())
-    excess = np.mean(losses) - math.log(NUM_GRIDS[math.isqrt(cells)]) / cells
+    excess = np.mean(losses) - math.log(NUM_GRIDS[n]) / cells
     half = 1.96 * np.std(losses) / math.sqrt(rounds)
     return {"excess": excess, "excess_ci": [excess - half, excess + half]}
 
@@ -172,10 +207,12 @@ def perfect_grids(num_texts, steps, order, rng):           # -> (N, 16) digits
 def evaluate(args, nets, process, data):    # -> records
     n = args.size
     rng = torch.Generator().manual_seed(args.seed)
-    real = data.batch("val", args.num_texts, rng).x_0[:, n * n:].numpy() - 1
+    real = data.batch("val", args.num_texts, rng).x_0[:, -n * n:].numpy() - 1
     records = [{"model": "real grids"} | score(real, n)]
-    puzzles = puzzles_to_solve(args.out / "puzzles.tsv", n, random.Random(args.seed))
-    blank = prompts_of(torch.zeros(args.num_texts, n * n, dtype=torch.int64))
+    puzzles = {}
+    if not args.empty:
+        puzzles = puzzles_to_solve(args.out / "puzzles.tsv", n, random.Random(args.seed))
+    blank = empty_prompts(data, args.num_texts, n)
     choices = [{"order": order} for order in ORDERS]
     if args.process == "duo":
         choices = [{"ending": ending} for ending in ("ancestral", "map")]
@@ -184,14 +221,14 @@ def evaluate(args, nets, process, data):    # -> records
             grids = perfect_grids(args.num_texts, steps, order, rng)
             records.append({"model": "perfect denoiser", "order": order, "steps": steps}
                            | score(grids, n))
-    excess = excess_of(nets["teacher"], process, data, rng)
+    excess = excess_of(nets["teacher"], process, data, n, rng)
     settings = list(product(nets, choices, STEPS[n]))
     for model, choice, steps in tqdm(settings, "evaluation", disable=None):
         write = partial(write_texts, nets[model], process, steps=steps, seed=args.seed,
                         dtype=None, **choice)
         tokens, passes = write(blank)
         record = {"model": model, **choice, "steps": steps, "passes": passes}
-        record |= score(tokens[:, n * n:] - 1, n)
+        record |= score(tokens[:, -n * n:] - 1, n)
         for clues, (questions, answers) in puzzles.items():
             tokens, _ = write(prompts_of(questions))
             is_right = (tokens[:, n * n:] - 1 == answers).all(1)
@@ -237,7 +274,7 @@ def draw_rules(records, path):
     save(figure, path)
 
 
-def draw_filling(nets, process, n, path, seed, steps=(4, 16), frames=4):
+def draw_filling(nets, process, prompt, n, path, seed, steps=(4, 16), frames=4):
     """One grid being written: teacher above generator, few passes left and many right. A digit that
     stands twice in a row, column or box is red."""
     figure = Figure((12, 3.6), layout="constrained")
@@ -246,10 +283,9 @@ def draw_filling(nets, process, n, path, seed, steps=(4, 16), frames=4):
         shown = []
         for number in steps:
             states = []
-            prompt = prompts_of(torch.zeros(1, n * n, dtype=torch.int64))
             with checkpoint.prepare(nets[model], None):
                 sample(nets[model], process, *prompt.shape, number, torch.manual_seed(seed),
-                       prompt=prompt, callback=lambda _, x: states.append(x[0, n * n:].tolist()))
+                       prompt=prompt, callback=lambda _, x: states.append(x[0, -n * n:].tolist()))
             every = number // frames
             shown += [(f"pass {i + 1} of {number}", states[i])
                       for i in range(every - 1, number, every)]
@@ -283,6 +319,10 @@ def save(figure, path):
 
 def story(args, flags, data):
     n = args.size
+    if args.empty:
+        if args.puzzle:
+            raise BadInput("--empty learns no puzzles: leave --puzzle out")
+        data = Grids(data)
     process = Masked(data.K + 1) if args.process == "mdlm" else Uniform(data.K)
     nets = train_all(args, flags, data)
     records = evaluate(args, nets, process, data)
@@ -290,10 +330,10 @@ def story(args, flags, data):
     print(records_table(records, "model order ending steps passes excess rules valid entropy "
                                  f"agreement js kl seen {solved}"))
     where = checkpoint.provenance(args.seed, nets["teacher"].device) | {"size": n}
-    where["process"] = args.process
+    where |= {"process": args.process, "empty": args.empty}
     append_records(args.out / "sudoku.json", [where | record for record in records])
     draw_rules(records, args.out / "rules.png")
-    draw_filling(nets, process, n, args.out / "filling.png", args.seed)
+    draw_filling(nets, process, empty_prompts(data, 1, n), n, args.out / "filling.png", args.seed)
     if args.puzzle:
         tokens, _ = write_texts(nets["idlm"], process, prompts_of([digits_of(args.puzzle)]), 16,
                                 args.seed, None)

@@ -139,7 +139,8 @@ def test_batches(examples):
     assert torch.equal(part, x_0[1::2])
 
 
-def test_story(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("flags", [["--puzzle", "12" + "." * 14], ["--empty"]])
+def test_story(flags, tmp_path, capsys, monkeypatch):
     """The whole of it, untrained, in a GPU's dtype: table, records and pictures."""
     from experiments import sudoku_story
     monkeypatch.setattr(checkpoint, "pick_dtype", lambda dtype, device: "bfloat16")
@@ -147,15 +148,39 @@ def test_story(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sudoku_story, "NUM_PUZZLES", 3)
     monkeypatch.setattr(sudoku_story, "STEPS", {4: [2]})
     monkeypatch.setattr(sudoku_story, "ORDERS", ("shuffled", "confident"))
-    sudoku.main(["--out", str(tmp_path), "--num_texts", "16", "--puzzle", "12" + "." * 14,
-                 "--updates", "2", "--batch_size", "8", "--micro_batch", "8", "--device", "cpu"])
+    sudoku.main(["--out", str(tmp_path), "--num_texts", "16", "--updates", "2", "--batch_size", "8",
+                 "--micro_batch", "8", "--device", "cpu", *flags])
     printed = capsys.readouterr().out
-    assert "idlm independent" in printed and "12.............." in printed
+    assert "idlm independent" in printed and ("12.............." in printed) == ("--puzzle" in flags)
     records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
     assert records[0]["model"] == "real grids" and records[0]["valid"] == 1
     assert len(records) == 1 + 3 + 3 * 2 and records[-1]["size"] == 4
+    assert ("solved_8" in records[-1]) == ("--puzzle" in flags)
+    assert records[-1]["empty"] == ("--empty" in flags)
     for picture in "rules.png", "filling.png":
         assert (tmp_path / picture).stat().st_size > 5000
+
+
+def test_empty_grids(examples):
+    """The same grids behind one dot that stays."""
+    from experiments.sudoku_story import Grids
+    puzzles = Puzzles(str(examples / "examples.tsv"), "char", 32, cache=examples)
+    grids = Grids(puzzles)
+    x_0, free = grids.batch("train", 50, seeded(0))
+    same, _ = puzzles.batch("train", 50, seeded(0))
+    assert torch.equal(x_0[:, 1:], same[:, 16:]) and (x_0[:, 0] == 1).all()
+    assert x_0.shape == (50, grids.block_size)
+    assert free[:, 1:].all() and not free[:, 0].any()
+    assert grids.key != puzzles.key and grids.K == puzzles.K
+    x_0, free = grids.val_blocks(4)
+    assert (x_0[:, 0] == 1).all() and not free[:, 0].any()
+    assert score(x_0[:, 1:].numpy() - 1, 4)["valid"] == 1
+
+
+def test_empty_learns_no_puzzle(tmp_path, monkeypatch):
+    monkeypatch.setattr(sudoku, "NUM_EXAMPLES", {4: 288})
+    with pytest.raises(BadInput, match="leave --puzzle out"):
+        sudoku.main(["--out", str(tmp_path), "--empty", "--puzzle", "12" + "." * 14])
 
 
 @pytest.mark.parametrize("rule", ["token", "entropy", "gumbel", "apart", "exclusive", "units"])
