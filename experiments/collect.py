@@ -3,7 +3,8 @@
 
     python experiments/collect.py results/hard_and_soft.json out/soft-1 update=soft lr=1e-4
 
-adds the records of a run folder's eval.json to a list, with what an experiment varied in it.
+adds the records of a run folder's eval.json to a list, with what an experiment varied in it. Real
+text, which no setting changes, is listed once, with `data` alone of those.
 """
 import json
 import sys
@@ -41,8 +42,21 @@ def append_records(path, records):
 def main():
     records, folder, *stamps = sys.argv[1:]
     varied = dict(stamp.split("=") for stamp in stamps)
-    new = [varied | record for record in read_records(Path(folder, "eval.json"))]
-    append_records(Path(records), new)
+    of_text = {key: varied[key] for key in varied if key == "data"}
+    path = Path(records)
+    listed = [what_it_is(record) for record in (read_records(path) if path.exists() else [])]
+    new = []
+    for record in read_records(Path(folder, "eval.json")):
+        if record["kind"] == "model":
+            new.append(varied | record)
+        elif what_it_is(of_text | record) not in listed:
+            new.append(of_text | record)
+    append_records(path, new)
+
+
+def what_it_is(record):                     # of real text and controls
+    keys = "kind", "model", "data", "process", "block_size", "seed", "n_texts", "judge", "judge_2"
+    return [record.get(key) for key in keys]
 
 
 if __name__ == "__main__":

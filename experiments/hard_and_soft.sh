@@ -6,17 +6,17 @@
 #   NAME=characters SEED=1 bash experiments/hard_and_soft.sh generators    then for seeds 1, 2, 3
 #
 # One GPU; writes out/NAME/ and appends to out/hard_and_soft.json. Other sizes: the variables. With
-# DCD=0 generators start as the teacher; with JUDGE=0 the judge is the character n-gram.
+# DCD=0 generators start as the teacher; with JUDGE_UPDATES=0 the judge is the character n-gram.
 set -euo pipefail
 NAME=${NAME:-characters} SEED=${SEED:-1} DATA=${DATA:-data/shakespeare.txt} TOKENIZER=${TOKENIZER:-char}
-TEACHER=${TEACHER:-4000} DCD=${DCD:-1000} JUDGE=${JUDGE:-2000} UPDATES=${UPDATES:-500} TEXTS=${TEXTS:-512}
+TEACHER=${TEACHER:-4000} DCD=${DCD:-1000} JUDGE_UPDATES=${JUDGE_UPDATES:-2000} UPDATES=${UPDATES:-500} TEXTS=${TEXTS:-512}
 FLAGS=${FLAGS:---preset gpu} CACHE=${CACHE:-out/cache} RECORDS=${RECORDS:-out/hard_and_soft.json}
 SETTINGS=${SETTINGS:-hard 1e-4 3e-4,soft 1e-4 3e-4,hard 1e-6 1e-6,soft 1e-6 1e-6}
 run="out/$NAME"
 start="$run/teacher.pt"
 judge=ngram
 if [ "$DCD" != 0 ]; then start="$run/dcd.pt"; fi
-if [ "$JUDGE" != 0 ]; then judge="$run/judge.pt"; fi
+if [ "$JUDGE_UPDATES" != 0 ]; then judge="$run/judge.pt"; fi
 
 train() {
     python3 train.py --process duo --tokenizer "$TOKENIZER" --data "$DATA" --cache "$CACHE" $FLAGS --seed "$SEED" "$@"
@@ -29,7 +29,7 @@ evaluate() {
 if [ "$1" = teachers ]; then
     train --stage teacher --updates "$TEACHER" --out "$run"
     if [ "$DCD" != 0 ]; then train --stage dcd --updates "$DCD" --out "$run"; fi
-    if [ "$JUDGE" != 0 ]; then train --stage judge --updates "$JUDGE" --out "$run"; fi
+    if [ "$JUDGE_UPDATES" != 0 ]; then train --stage judge --updates "$JUDGE_UPDATES" --out "$run"; fi
     evaluate --out "$run" --models teacher --steps 4 16 64
     python3 experiments/collect.py "$RECORDS" "$run" data="$NAME"
     exit

@@ -8,10 +8,11 @@
 #   PROCESS=mdlm SEED=1 bash experiments/novels.sh evaluate        teacher and student
 #   PROCESS=mdlm SEED=1 bash experiments/novels.sh longer          3 and 10 times the updates
 #
-# One GPU; writes out/novels/ and appends to out/novels.json. Other sizes: the variables. Run whole only at toy size so far.
+# One GPU; writes out/novels/ and appends to out/novels.json. Other sizes: the variables. All but `longer` has run, on three
+# seeds, with TEXTS=512 and the generator's rates 1e-4 and, masked, 3e-5: SETTINGS='hard 1e-4 3e-4,hard 3e-5 3e-4'.
 set -euo pipefail
 PROCESS=${PROCESS:-mdlm} SEED=${SEED:-1} CACHE=${CACHE:-out/cache} RECORDS=${RECORDS:-out/novels.json}
-TEACHER=${TEACHER:-2000} DCD=${DCD:-400} JUDGE=${JUDGE:-1500} UPDATES=${UPDATES:-400} TEXTS=${TEXTS:-256}
+TEACHER=${TEACHER:-2000} DCD=${DCD:-400} JUDGE_UPDATES=${JUDGE_UPDATES:-1500} UPDATES=${UPDATES:-400} TEXTS=${TEXTS:-256}
 FLAGS=${FLAGS:---preset gpu} RUN=${RUN:-out/novels}
 if [ "$PROCESS" = mdlm ]; then
     SETTINGS=${SETTINGS:-hard 1e-4 3e-4}    # --update is for the uniform process alone
@@ -36,14 +37,13 @@ generate() {                                # number of updates
         train --process "$PROCESS" --stage idlm --update "$update" --lr "$lr" --fake_lr "$fake_lr" --updates "$1" \
             --batch_size 64 --init_from "$teacher/teacher.pt" --start_from "$start" --out "$out"
         evaluate --out "$out" --models idlm --steps 2 4 8 16 32
-        python3 experiments/collect.py "$RECORDS" "$out" run=generator update="$update" lr="$lr" fake_lr="$fake_lr" \
-            updates="$1"
+        python3 experiments/collect.py "$RECORDS" "$out" update="$update" lr="$lr" fake_lr="$fake_lr" updates="$1"
     done <<< "$SETTINGS,"
 }
 
 case "$1" in
 judge)
-    train --stage judge --updates "$JUDGE" --out "$RUN/judge" ;;
+    train --stage judge --updates "$JUDGE_UPDATES" --out "$RUN/judge" ;;
 teacher)
     train --process "$PROCESS" --stage teacher --updates "$TEACHER" --out "$teacher"
     if [ "$PROCESS" = duo ]; then
@@ -59,8 +59,8 @@ evaluate)
         evaluate --out "$teacher" --models teacher --steps 4 16 64 256 1024
     else
         evaluate --out "$teacher" --models teacher --steps 64 1024 --ending ancestral
-        python3 experiments/collect.py "$RECORDS" "$teacher" run=many
+        python3 experiments/collect.py "$RECORDS" "$teacher"
         evaluate --out "$teacher" --models teacher dcd --steps 4 8 16
     fi
-    python3 experiments/collect.py "$RECORDS" "$teacher" run=teacher ;;
+    python3 experiments/collect.py "$RECORDS" "$teacher" ;;
 esac

@@ -92,8 +92,8 @@ TABLES = {
     "updates": Table("process model updates lr order ending steps", OF_TEXT),
     "characters": OF_UPDATES._replace(wanted=has("data", "characters")),
     "soft_novels": OF_UPDATES._replace(wanted=has("data", "novels")),
-    "novels_masked": Table("model lr order steps", OF_NOVELS, has("process", "mdlm"), "novels"),
-    "novels_uniform": Table("model lr ending steps", OF_NOVELS, has("process", "duo"), "novels"),
+    "novels_masked": Table("model lr updates order steps", OF_NOVELS, has("process", "mdlm"), "novels"),
+    "novels_uniform": Table("model lr updates ending steps", OF_NOVELS, has("process", "duo"), "novels"),
     "box": Table("process model lr updates order ending steps", "gen_ppl entropy distinct4 "
                  "repetition overlap known_words mauve", of_few_passes),
     "headline": Table("model order steps", "bits_per_char bits_per_char_2 entropy distinct4 "
