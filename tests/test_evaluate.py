@@ -794,3 +794,20 @@ def test_no_table_has_a_perplexity_alone():
     bad = tables.Table("model", "gen_ppl entropy")
     with pytest.raises(BadInput, match="a perplexity without .'distinct4', 'repetition'."):
         tables.table_of("bad", bad, [ROW])
+
+
+def test_collect(tmp_path, monkeypatch):
+    """What was varied goes to a model's records; real text stands once."""
+    from experiments import collect
+    real = {"kind": "real", "model": "real text", "seed": 1}
+    model = {"kind": "model", "model": "idlm", "seed": 1}
+    eval_json = {"provenance": {"commit": "c"}, "records": [real, model]}
+    (tmp_path / "eval.json").write_text(json.dumps(eval_json), encoding="utf-8")
+    path = tmp_path / "all.json"
+    for lr in "1e-4", "3e-5":
+        argv = ["collect.py", str(path), str(tmp_path), "data=novels", f"lr={lr}"]
+        monkeypatch.setattr(sys, "argv", argv)
+        collect.main()
+    stamp = {"data": "novels", "commit": "c"}
+    assert collect.read_records(path) == [
+        stamp | real, stamp | model | {"lr": "1e-4"}, stamp | model | {"lr": "3e-5"}]
