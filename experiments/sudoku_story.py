@@ -23,13 +23,15 @@ from run import Run, joined
 from sudoku import NUM_GRIDS, as_text, score, solutions, units
 from teacher import Masked, Uniform, duo_loss, mdlm_loss
 
+COLORS = "black", "tab:red", "tab:blue", "tab:green", "tab:orange"
 DOT = 1                                     # its token
 NUM_PUZZLES = 200                           # of each number of clues
 CLUES = {4: [8, 6, 5], 9: [40, 32, 26]}
 STEPS = {4: [1, 2, 4, 8, 16], 9: [1, 2, 4, 8, 16, 32, 81]}
 PRESET = {4: "--preset laptop --no-compile --batch_size 256 --micro_batch 256",
           9: "--preset gpu --resume --dropout 0"}
-# model -> flags; the first word is the stage. 4 x 4 has a small network of its own.
+# model -> flags; the first word is the stage, a second one names a variant. 4 x 4 has a small
+# network of its own.
 MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
               "idlm": "--updates 700",
               "idlm independent": "--updates 700 --pairing independent"},
@@ -104,15 +106,21 @@ def train_all(args, flags, data):           # -> {model: network}
         stage = model.split()[0]
         if stage not in train.STAGES[args.process]:
             continue
+        out, sources = args.out, []
+        if args.size == 9 and model != stage:              # a variant, in a folder of its own
+            out /= model.replace(" ", "-")
+            start = args.out / ("dcd.pt" if args.process == "duo" else "teacher.pt")
+            sources = [f"--stage={stage}", f"--init_from={args.out / 'teacher.pt'}",
+                       f"--start_from={start}"]
         options = train.parse_args([
-            f"--process={args.process}", f"--out={args.out}", f"--data={data.source}",
-            f"--block_size={data.block_size}", f"--seed={args.seed}",
+            f"--process={args.process}", f"--out={out}", f"--data={data.source}",
+            f"--block_size={data.block_size}", f"--seed={args.seed}", *sources,
             *PRESET[args.size].split(), *own.split(), *flags])
         s = train.settings_of(options, stage)
         with joined(s):
             if args.size == 9:
                 train.run_stage(options, stage, data)
-                nets[model], _ = checkpoint.load_network(args.out / f"{stage}.pt", s.device)
+                nets[model], _ = checkpoint.load_network(out / f"{stage}.pt", s.device)
                 continue
             s.teacher = s.start = nets.get("teacher")
             s.sources = {}
@@ -262,9 +270,9 @@ def draw_rules(records, path):
             if " " in model and choice != choices[0]:      # of variants one line is enough
                 continue
             axis.plot([r["passes"] for r in points], [r[name] for r in points],
-                      color=["black", "tab:red", "tab:blue"][models.index(model)],
+                      color=COLORS[models.index(model)],
                       linestyle=["-", "--", "-.", ":"][choices.index(choice)],
-                      marker="osD"[models.index(model)], label=f"{model}, {choice}")
+                      marker="osD^v"[models.index(model)], label=f"{model}, {choice}")
         axis.set_xscale("log", base=2)
         axis.set(xlabel="network passes", ylim=(0, None),
                  ylabel="share of rules kept" if name == "rules" else "JS to the flat law, nats")

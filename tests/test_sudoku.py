@@ -161,6 +161,25 @@ def test_story(flags, tmp_path, capsys, monkeypatch):
         assert (tmp_path / picture).stat().st_size > 5000
 
 
+def test_story_9(tmp_path, monkeypatch):
+    """Through train.py's folders; a variant has one of its own."""
+    from experiments import sudoku_story
+    monkeypatch.setattr(sudoku, "NUM_EXAMPLES", {9: 400})
+    monkeypatch.setattr(sudoku_story, "STEPS", {9: [2]})
+    monkeypatch.setattr(sudoku_story, "PRESET", {9: "--preset laptop --no-compile"})
+    small = "--updates 1 --batch_size 4 --size 1x1x8"
+    monkeypatch.setattr(sudoku_story, "MODELS", {9: {
+        "teacher": small, "dcd": small, "idlm": small, "idlm slow": small + " --lr 1e-5"}})
+    sudoku.main(["--size", "9", "--process", "duo", "--out", str(tmp_path), "--num_texts", "16",
+                 "--device", "cpu", "--empty"])
+    records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
+    assert [r["model"] for r in records[1::2]] == ["teacher", "dcd", "idlm", "idlm slow"]
+    slow = checkpoint.load(tmp_path / "idlm-slow/idlm.pt")
+    assert slow["lr"] == 1e-5 and slow["start"] == str(tmp_path / "dcd.pt")
+    assert slow["block_size"] == 82
+    assert (tmp_path / "rules.png").stat().st_size > 5000
+
+
 def test_empty_grids(examples):
     """The same grids behind one dot that stays."""
     from experiments.sudoku_story import Grids
