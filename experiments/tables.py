@@ -153,7 +153,8 @@ def cell(runs, column):
         return number(values[0])
     if None in interval:
         return f"{number(values[0])} ± open"
-    return f"{number(values[0])} ± {spread((interval[1] - interval[0]) / 2)}"
+    half = round((interval[1] - interval[0]) / 2, 9)       # of equal texts: 0, not a rounding error
+    return f"{number(values[0])} ± {spread(half)}"
 
 
 def table_of(name, table, records):
