@@ -304,6 +304,10 @@ def model_rows(nets, settings, prompts, measure, real, temperatures, sweep):
 
 # ---- table --------------------------------------------------------------------------------------
 
+def half_width(interval):                   # of equal texts 0, not a rounding error
+    return round((interval[1] - interval[0]) / 2, 9)
+
+
 def cell(record, key):
     """12.3 ±0.4: the value and half its interval."""
     value = record.get(key)
@@ -317,7 +321,7 @@ def cell(record, key):
         return text
     if None in interval:
         return text + " ±open"
-    half = round((interval[1] - interval[0]) / 2, 9)       # of equal texts: 0, not a rounding error
+    half = half_width(interval)
     return text + (f" ±{half:.2g}" if half < 100 else f" ±{half:.0f}")
 
 

@@ -4,6 +4,7 @@
     python sudoku.py                4 x 4, five minutes on two CPU cores: examples, table and
                                     pictures in out/sudoku4-mdlm
     python sudoku.py --size 9       9 x 9, twenty minutes on a GPU
+    python sudoku.py --empty        grids alone: no puzzles, half of the length
     python sudoku.py --process duo  the uniform process; flags that are not ours go on to train.py
     python sudoku.py --puzzle 12..............     train, then solve this one, too
 
@@ -176,10 +177,10 @@ def main(argv=None):
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=1)
     add("--num_texts", type=number(int, 16), default=5000, help="grids a row")
     add("--puzzle", help="one more to solve: digits and dots")
-    add("--empty", action="store_true", help="no puzzles, half of the time")
+    add("--empty", action="store_true", help="no puzzles, half of the length")
     args, flags = p.parse_known_args(argv)
     n = args.size
-    args.out = args.out or Path(f"out/sudoku{n}-{args.process}")
+    args.out = args.out or Path(f"out/sudoku{n}-{args.process}" + "-empty" * args.empty)
     if args.puzzle and not re.fullmatch(f"[.1-{n}]{{{n * n}}}", args.puzzle):
         raise BadInput(f"--puzzle {args.puzzle} has {len(args.puzzle)} cells: give {n * n}, each a "
                        f"dot or a digit up to {n}, or another --size")

@@ -4,7 +4,7 @@
     python experiments/collect.py results/hard_and_soft.json out/soft-1 update=soft lr=1e-4
 
 adds the records of a run folder's eval.json to a list, with what an experiment varied in it. Real
-text, which no setting changes, is listed once, with `data` alone of those.
+text, which no setting changes, is listed once, and of what was varied says `data` alone.
 """
 import json
 import sys

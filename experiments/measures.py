@@ -121,6 +121,8 @@ def gradient_moment(g, r):                                 # (m, P), (m, P) -> (
     the mean of <d_i, d_j>, i != j, d_i = g_i - r_i from group i of the texts. Groups are
     independent, so noise adds nothing, as it would to the square of one mean difference.
 
+    The paper's is of all of a judge's parameters and sums over a text: values do not compare.
+
     One parameter, two groups, g = (1, 3), r = (0, 1): d = (1, 2), so 2; the plain square is 2.25.
     """
     d = torch.as_tensor(g) - torch.as_tensor(r)            # on their device: over 1 GB for GPT-2's

@@ -41,7 +41,7 @@ MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
               "idlm": "--updates 1500 --lr 1e-4 --batch_size 256 --micro_batch 256"}}
 
 
-# ---- data without puzzles ---------------------------------------------------------------------
+# ---- data without puzzles -----------------------------------------------------------------------
 
 class Grids:
     """Puzzles' grids behind one dot: no clues, and half of the length. The dot stays, as rotary

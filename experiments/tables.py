@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint                                                    # noqa: E402
 from data import BadInput                                            # noqa: E402
-from evaluate import read_records                                    # noqa: E402
+from evaluate import half_width, read_records                                    # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 MARK = re.compile(r"<!-- /?table:[^>]*>")
@@ -65,6 +65,11 @@ def is_grid(size):                          # with fewer than four passes hardly
     return lambda record: record["size"] == size and record.get("steps", 4) >= 4
 
 
+def is_empty(record):                       # 4 x 4 of the masked process
+    is_wanted = record["model"] in ("teacher", "idlm") and record["steps"] >= 4
+    return is_wanted and record["order"] in ("random", "shuffled")
+
+
 def is_puzzle(record):                      # 9 x 9
     chosen = "random", "confident", "ancestral"
     choice = record.get("order") or record.get("ending")
@@ -86,14 +91,17 @@ OF_ORDERS = "rules valid entropy agreement js seen"
 OF_UPDATES = Table("model update lr fake_lr ending steps",
                    "gen_ppl entropy distinct4 repetition overlap", file="hard_and_soft")
 TABLES = {
-    "laptop": Table("model order steps", OF_TEXT.replace("known_words ", ""), on_first_page),
+    "laptop": Table("model order steps", "bits_per_char entropy distinct4 repetition mauve_2",
+                    on_first_page),
     "laptop_masked": Table("model order steps", OF_TEXT, file="laptop"),
     "laptop_uniform": Table("model ending steps", OF_TEXT),
     "updates": Table("process model updates lr order ending steps", OF_TEXT),
     "characters": OF_UPDATES._replace(wanted=has("data", "characters")),
     "soft_novels": OF_UPDATES._replace(wanted=has("data", "novels")),
-    "novels_masked": Table("model lr updates order steps", OF_NOVELS, has("process", "mdlm"), "novels"),
-    "novels_uniform": Table("model lr updates ending steps", OF_NOVELS, has("process", "duo"), "novels"),
+    "novels_masked": Table("model lr updates order steps", OF_NOVELS, has("process", "mdlm"),
+                           "novels"),
+    "novels_uniform": Table("model update lr updates ending steps", OF_NOVELS,
+                            has("process", "duo"), "novels"),
     "box": Table("process model lr updates order ending steps", "gen_ppl entropy distinct4 "
                  "repetition overlap known_words mauve", of_few_passes),
     "headline": Table("model order steps", "bits_per_char bits_per_char_2 entropy distinct4 "
@@ -108,6 +116,7 @@ TABLES = {
                       "passes excess rules valid entropy agreement", is_grid(9), "sudoku"),
     "puzzles": Table("process model order ending steps", "solved_40 solved_32 solved_26",
                      is_puzzle, "sudoku"),
+    "sudoku_empty": Table("model order steps", "excess rules valid js kl seen", is_empty),
     "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
     "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
     "orders_text": Table("model order steps", "bits_per_char entropy distinct4 repetition "
@@ -153,8 +162,7 @@ def cell(runs, column):
         return number(values[0])
     if None in interval:
         return f"{number(values[0])} ± open"
-    half = round((interval[1] - interval[0]) / 2, 9)       # of equal texts: 0, not a rounding error
-    return f"{number(values[0])} ± {spread(half)}"
+    return f"{number(values[0])} ± {spread(half_width(interval))}"
 
 
 def table_of(name, table, records):

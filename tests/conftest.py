@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")              # so small, two threads wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"         # so small, two threads wait; and children compute equal bits
 
 import pytest                                                        # noqa: E402
 import torch                                                         # noqa: E402
