@@ -11,6 +11,7 @@ PRESETS = {
     "laptop": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=64, wrap_eos=False,
         size="3x4x96", dropout=0.0, batch_size=64, micro_batch=64, save_every=100,
+        dtype="float32",                    # at this width bfloat16 is slower, also with AMX
         warmup=50, lr_decay=0.1, beta2=0.95, clip=1.0, adam_eps=1e-8, ema=0.99,
         teacher_updates=750, teacher_lr=3e-3,
         dcd_updates=150, dcd_lr=3e-4,

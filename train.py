@@ -90,7 +90,6 @@ def parse_args(argv=None):
     if (args.init_from or args.start_from) and args.stage not in ("dcd", "idlm"):
         p.error("--init_from and --start_from are for one stage: add --stage idlm (or dcd)")
     args.device = checkpoint.pick_device(args.device)
-    args.dtype = checkpoint.pick_dtype(args.dtype, args.device)
     args.preset = args.preset or ("gpu" if args.device.type == "cuda" else "laptop")
     args.out = args.out or Path("out", args.process)
     args.compile = checkpoint.can_compile(args.device) and not args.no_compile
@@ -109,6 +108,7 @@ def settings_of(args, stage):
     given = {key: value for key, value in vars(args).items() if value is not None}
     s = argparse.Namespace(**vars(args) | preset | given)
     s.stage = stage
+    s.dtype = checkpoint.pick_dtype(s.dtype, s.device)
     s.wrap_eos = s.wrap_eos and s.tokenizer == "gpt2"
     s.kind = "masked" if s.process == "mdlm" else s.update
     s.world = int(os.environ.get("WORLD_SIZE", 1))

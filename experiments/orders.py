@@ -2,7 +2,7 @@
 """In which order should [MASK] be revealed? Rules for choosing positions, compared on Sudoku.
 
     python experiments/orders.py --num_texts 4000               4 x 4, trained here
-    python experiments/orders.py --num_texts 1000 --out out/sudoku9-mdlm     9 x 9, by sudoku.py
+    python experiments/orders.py --num_texts 1000 --out out/sudoku9-mdlm-empty    9 x 9, by sudoku.py
     python experiments/orders.py --num_texts 128 --text out/mdlm    text, by the character 6-gram
 
 At each pass as many positions as are due, those with the largest score:
@@ -10,6 +10,7 @@ At each pass as many positions as are due, those with the largest score:
     shuffled     at random, as many as are due
     even         every n-th one (generator.py)
     token        log-probability of the token drawn there: LLaDA's and MaskGIT's
+    token_ties   the same in float32, where sure tokens are level and the first of them goes first
     entropy      minus the entropy of the row: looks at the state, not at the draw
     gumbel       `entropy` plus Gumbel noise
     apart        `entropy`, one of each of as many stretches of the text as are due
@@ -37,12 +38,13 @@ from rows import sample_categorical                                  # noqa: E40
 from sudoku import Puzzles, score, units, write_examples             # noqa: E402
 from teacher import Masked                                           # noqa: E402
 
-RULES = "random shuffled even token entropy gumbel apart exclusive units".split()
+RULES = "random shuffled even token token_ties entropy gumbel apart exclusive units".split()
 STEPS = {4: [4, 8, 16], 9: [4, 8, 16, 32, 81]}
 
 
 def top(scores, due):                       # (B, L), (B,) -> (B, L) bool
-    return scores.argsort(-1, descending=True).argsort(-1) < due[:, None]
+    ranking = scores.argsort(dim=-1, descending=True, stable=True)
+    return ranking.argsort(-1) < due[:, None]
 
 
 def greedy(scores, due, lower):
@@ -61,7 +63,7 @@ def choose(rule, log_p, tokens, left, due, n):             # -> (B, L) bool
     B, L, K = log_p.shape
     p = log_p.exp()
     scores = (p * log_p).sum(-1)                           # -entropy
-    if rule == "token":
+    if rule in ("token", "token_ties"):
         scores = log_p.gather(-1, tokens[..., None])[..., 0]
     if rule == "gumbel":
         scores = scores - torch.rand_like(scores).log().neg().log()
@@ -83,11 +85,11 @@ def choose(rule, log_p, tokens, left, due, n):             # -> (B, L) bool
     if rule == "units":
         cells = torch.full((n * n, L), False)
         for unit in torch.as_tensor(units(n)):
-            cells[unit[:, None], n * n + unit] = True
+            cells[unit[:, None], L - n * n + unit] = True
         cells = cells.to(scores.device)
 
         def lower(scores, best):
-            return scores - 100.0 * cells[best - n * n]
+            return scores - 100.0 * cells[best - (L - n * n)]
         return greedy(scores, due, lower)
     return top(scores, due)
 
@@ -101,14 +103,17 @@ def write(net, process, prompt, steps, rule, n, seed):
     if rule in ORDERS:
         step_of = reveal_steps(left.cpu(), steps, rule, rng).to(net.device)
     for i in range(steps):
-        logits = net(x, torch.zeros(len(x)))[..., :process.K].double()   # else sure rows are ties
+        logits = net(x, torch.zeros(len(x)))[..., :process.K].double()
         u = torch.rand(x.numel(), device=net.device, dtype=torch.float64)
         tokens = sample_categorical(logits.flatten(0, 1), u).view_as(x)
         if rule in ORDERS:
             is_chosen = left & (step_of == i)
         else:
+            if rule == "token_ties":
+                logits = logits.float()
+            log_p = logits - logits.logsumexp(-1, keepdim=True)          # as sample.py has it
             due = left.sum(1) // (steps - i)
-            is_chosen = choose(rule, logits.log_softmax(-1), tokens, left, due, n)
+            is_chosen = choose(rule, log_p, tokens, left, due, n)
         x = torch.where(is_chosen, tokens, x)
         left = left & ~is_chosen
     assert not left.any()
@@ -116,7 +121,7 @@ def write(net, process, prompt, steps, rule, n, seed):
 
 
 def score_grids(n, tokens):
-    return score(tokens[:, n * n:] - 1, n)
+    return score(tokens[:, -n * n:] - 1, n)
 
 
 def read_text_models(args):                 # -> {model: network}, scores(tokens), prompt
@@ -151,6 +156,7 @@ def main(argv=None):
             nets[model], meta = checkpoint.load_network(args.out / f"{model}.pt",
                                                         checkpoint.pick_device(None))
         process = checkpoint.make_process(meta)
+        prompt = prompt[:, -meta["block_size"]:]           # --empty: one dot before the grid
     else:
         args.out, args.size, args.process = Path("out/orders"), 4, "mdlm"
         path = args.out / "examples.tsv"

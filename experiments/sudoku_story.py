@@ -39,6 +39,8 @@ MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
                          "--size 8x8x512",
               "dcd": "--updates 1500 --batch_size 256 --micro_batch 256",
               "idlm": "--updates 1500 --lr 1e-4 --batch_size 256 --micro_batch 256"}}
+# 9 x 9 --empty takes half of the time, so there is some for one more.
+LONGER = {"idlm long": "--updates 3000 --lr 1e-4 --batch_size 256 --micro_batch 256"}
 
 
 # ---- data without puzzles -----------------------------------------------------------------------
@@ -102,7 +104,10 @@ class SmallRun(Run):
 
 def train_all(args, flags, data):           # -> {model: network}
     nets = {}
-    for model, own in MODELS[args.size].items():
+    models = MODELS[args.size]
+    if args.size == 9 and args.empty:
+        models = models | LONGER
+    for model, own in models.items():
         stage = model.split()[0]
         if stage not in train.STAGES[args.process]:
             continue

@@ -65,9 +65,9 @@ def is_grid(size):                          # with fewer than four passes hardly
     return lambda record: record["size"] == size and record.get("steps", 4) >= 4
 
 
-def is_empty(record):                       # 4 x 4 of the masked process
+def is_empty_4(record):                     # of the masked process
     is_wanted = record["model"] in ("teacher", "idlm") and record["steps"] >= 4
-    return is_wanted and record["order"] in ("random", "shuffled")
+    return record["size"] == 4 and is_wanted and record["order"] in ("random", "shuffled")
 
 
 def is_puzzle(record):                      # 9 x 9
@@ -116,9 +116,14 @@ TABLES = {
                       "passes excess rules valid entropy agreement", is_grid(9), "sudoku"),
     "puzzles": Table("process model order ending steps", "solved_40 solved_32 solved_26",
                      is_puzzle, "sudoku"),
-    "sudoku_empty": Table("model order steps", "excess rules valid js kl seen", is_empty),
+    "sudoku_empty_4": Table("model order steps", "excess rules valid js kl seen", is_empty_4,
+                            "sudoku_empty"),
+    "sudoku_empty_9": Table("model order steps", "passes excess rules valid entropy agreement",
+                            is_grid(9), "sudoku_empty"),
     "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
     "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
+    "orders_empty": Table("model order steps", OF_ORDERS),
+    "visited": Table("states order steps", "rules valid entropy js seen"),
     "orders_text": Table("model order steps", "bits_per_char entropy distinct4 repetition "
                          "known_words", file="orders_text"),
     "speed": Table("name", "passes median_ms ms_per_pass peak_gib theirs_passes theirs_ms "

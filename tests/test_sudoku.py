@@ -170,7 +170,8 @@ def test_story_9(tmp_path, monkeypatch):
     monkeypatch.setattr(sudoku_story, "PRESET", {9: "--preset laptop --no-compile"})
     small = "--updates 1 --batch_size 4 --size 1x1x8"
     monkeypatch.setattr(sudoku_story, "MODELS", {9: {
-        "teacher": small, "dcd": small, "idlm": small, "idlm slow": small + " --lr 1e-5"}})
+        "teacher": small, "dcd": small, "idlm": small}})
+    monkeypatch.setattr(sudoku_story, "LONGER", {"idlm slow": small + " --lr 1e-5"})
     sudoku.main(["--size", "9", "--process", "duo", "--out", str(tmp_path), "--num_texts", "16",
                  "--device", "cpu", "--empty"])
     records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
@@ -217,6 +218,34 @@ def test_orders_choose_as_many_as_are_due(rule):
     assert (chosen & ~left).sum() == 0 and torch.equal(chosen.sum(1), due)
     if rule == "units":
         assert chosen[2, 16:].view(4, 4).sum(1).max() == 1
+
+
+@pytest.mark.parametrize("order", ["even", "confident"])
+def test_visited_states(order):
+    """As many cells are [MASK] as t_tilde says; `confident` uncovers the surest of its own digits
+    first."""
+    from experiments.visited import latent_of
+
+    class Teacher:                          # surer from cell to cell
+        device = torch.device("cpu")
+
+        def freeze(self, dtype):
+            return self
+
+        def __call__(self, x, sigma):
+            scale = torch.arange(17.0)[:, None]
+            return (scale * torch.nn.functional.one_hot(x_0, 6)).float()
+
+    x_0 = torch.randint(2, 6, (8, 17), generator=seeded(0))
+    x_0[:, 0] = 1
+    t = torch.tensor([0.01, 0.2, 0.3, 0.5, 0.6, 0.7, 0.99, 1.0])
+    eps = latent_of(order, Teacher())(Masked(7), x_0, t, seeded(1))
+    is_masked = eps.x == 6
+    assert torch.equal(is_masked.sum(1), (t * 16).ceil().long())
+    assert torch.equal(eps.x[~is_masked], x_0[~is_masked]) and not is_masked[:, 0].any()
+    assert (eps.sigma == 0).all()
+    is_first = is_masked[:, 1:].long().diff(dim=1).le(0).all(1)    # [MASK] to the left alone
+    assert (is_first[t * 16 % 2 == 0].all() if order == "confident" else not is_first.all())
 
 
 @pytest.mark.parametrize("rule", ["random", "shuffled", "gumbel"])

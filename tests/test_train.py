@@ -65,6 +65,17 @@ def test_a_flag_goes_before_the_stage_before_the_preset():
     assert settings("--preset laptop --lr 0.5", "dcd").lr == 0.5
 
 
+@pytest.mark.parametrize("flags, dtype", [
+    ("--preset laptop", "float32"), ("--preset laptop --dtype bfloat16", "bfloat16"),
+    ("--preset gpu", "bfloat16"), ("--preset gpu --dtype float32", "float32")])
+def test_dtype(flags, dtype, monkeypatch):
+    """The device decides where neither a flag nor the preset does."""
+    monkeypatch.setattr(checkpoint, "has_bfloat16", lambda device: True)
+    s = settings(f"{flags} --device cpu")
+    assert s.dtype == dtype
+    assert s.autocast._enabled == (dtype == "bfloat16")
+
+
 def test_preset_owt_is_the_paper():
     """Batch 512 of 1,024 tokens, rate 1e-6 without decay, no clipping, Adam's eps on the scale of
     the mean, dropout 0.1, and blocks [eos] text [eos] of GPT-2's tokens."""
