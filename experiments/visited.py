@@ -41,9 +41,7 @@ def surest_first(teacher, x_0, mask_id):                   # (B, L) -> rank of e
     x[:, -CELLS:] = mask_id
     rank = torch.full((len(x), CELLS), CELLS)
     for i in range(PASSES):
-        with checkpoint.prepare(teacher, None):
-            logits = teacher(x, torch.zeros(len(x)))[..., :mask_id]
-        log_p = logits.float().log_softmax(-1)
+        log_p = teacher(x, torch.zeros(len(x)))[..., :mask_id].log_softmax(-1)
         own = log_p.gather(-1, x_0[..., None])[:, -CELLS:, 0]
         own = own.masked_fill(rank < CELLS, -torch.inf)
         first = own.topk(DUE).indices
