@@ -3,11 +3,11 @@
 
     python experiments/visited.py --seed 1            five minutes of a CPU core
 
-In training x_tilde is a grid of which each cell is [MASK] with probability t_tilde. Sampling in
-another order than `random` visits other states. So here as many cells of x_tilde are [MASK], but
-which ones, an order says: `even`; or `confident`, where at each of eight passes the cells are
-uncovered whose digit the frozen teacher is surest of. Any law of the latent is allowed (the loss
-holds at p_theta whatever eps is), so nothing else changes. Grids without puzzles.
+In training each cell of x_tilde is [MASK] with probability t_tilde: `random`, as published. Sampling
+in another order visits other states. So here ceil(16 t_tilde) cells are [MASK], those that an order
+uncovers last: `shuffled`, `even`, or `confident`, where at each of eight passes the cells are
+uncovered of whose own digit the frozen teacher is surest. Any law of the latent is allowed (the
+loss holds at p_theta whatever eps is), so nothing else changes. Grids without puzzles.
 """
 import argparse
 import random
@@ -51,13 +51,14 @@ def surest_first(teacher, x_0, mask_id):                   # (B, L) -> rank of e
 
 
 def latent_of(order, teacher):
-    """-> a function in place of generator.draw_latent"""
+    """-> a function in place of generator.draw_latent, for grids behind a dot, masked process"""
     @torch.no_grad()
     def draw(process, x_0, t_tilde, rng, soft=False, free=None):
-        if order == "even":
-            rank = reveal_steps(torch.ones(len(x_0), CELLS, dtype=torch.bool), CELLS, "even", rng)
-        else:
+        if order == "confident":
             rank = surest_first(teacher, x_0, process.mask_id)
+        else:
+            every = torch.ones(len(x_0), CELLS, dtype=torch.bool)
+            rank = reveal_steps(every, CELLS, order, rng)
         left = (t_tilde * CELLS).ceil()[:, None]           # cells that are [MASK]
         x_tilde = x_0.clone()
         x_tilde[:, -CELLS:] = torch.where(rank >= CELLS - left, process.mask_id, x_0[:, -CELLS:])
@@ -92,7 +93,7 @@ def main(argv=None):
     process = Masked(data.K + 1)
     teacher = train_one(args.seed, data, "teacher")
     nets = {}
-    for order in "random", "even", "confident":
+    for order in "random", "shuffled", "even", "confident":
         train.draw_latent = latent_of(order, teacher)
         nets[order] = train_one(args.seed, data, "idlm", teacher)
     train.draw_latent = draw_latent

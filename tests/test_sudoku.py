@@ -220,7 +220,7 @@ def test_orders_choose_as_many_as_are_due(rule):
         assert chosen[2, 16:].view(4, 4).sum(1).max() == 1
 
 
-@pytest.mark.parametrize("order", ["even", "confident"])
+@pytest.mark.parametrize("order", ["shuffled", "even", "confident"])
 def test_visited_states(order):
     """As many cells are [MASK] as t_tilde says; `confident` uncovers the surest of its own digits
     first."""
