@@ -107,7 +107,7 @@ def pick_device(name):
 
 def has_bfloat16(device):
     """Does autocast to bfloat16 pay? On a GPU not where it is emulated (T4, V100), on a CPU only
-    with matrix units for it (AMX)."""
+    with matrix units for it (AMX), and there not to train a narrow network."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()

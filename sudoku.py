@@ -180,7 +180,8 @@ def main(argv=None):
     add("--empty", action="store_true", help="no puzzles, half of the length")
     args, flags = p.parse_known_args(argv)
     n = args.size
-    args.out = args.out or Path(f"out/sudoku{n}-{args.process}" + "-empty" * args.empty)
+    default = f"out/sudoku{n}-{args.process}" + "-empty" * args.empty
+    args.out = args.out or Path(default + f"-{args.seed}" * (args.seed != 1))
     if args.puzzle and not re.fullmatch(f"[.1-{n}]{{{n * n}}}", args.puzzle):
         raise BadInput(f"--puzzle {args.puzzle} has {len(args.puzzle)} cells: give {n * n}, each a "
                        f"dot or a digit up to {n}, or another --size")

@@ -2,7 +2,7 @@
 """In which order should [MASK] be revealed? Rules for choosing positions, compared on Sudoku.
 
     python experiments/orders.py --num_texts 4000               4 x 4, trained here
-    python experiments/orders.py --num_texts 1000 --out out/sudoku9-mdlm-empty    9 x 9, by sudoku.py
+    python experiments/orders.py --num_texts 1000 --out FOLDER  9 x 9: out/sudoku9-mdlm or -empty
     python experiments/orders.py --num_texts 128 --text out/mdlm    text, by the character 6-gram
 
 At each pass as many positions as are due, those with the largest score:
@@ -111,7 +111,7 @@ def write(net, process, prompt, steps, rule, n, seed):
         else:
             if rule == "token_ties":
                 logits = logits.float()
-            log_p = logits - logits.logsumexp(-1, keepdim=True)          # as sample.py has it
+            log_p = logits - logits.logsumexp(-1, keepdim=True)          # as generator.py has it
             due = left.sum(1) // (steps - i)
             is_chosen = choose(rule, log_p, tokens, left, due, n)
         x = torch.where(is_chosen, tokens, x)

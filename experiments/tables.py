@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import checkpoint                                                    # noqa: E402
 from data import BadInput                                            # noqa: E402
-from evaluate import half_width, read_records                                    # noqa: E402
+from evaluate import half_width, read_records                        # noqa: E402
 
 BLOCK = re.compile(r"(<!-- table:([\w.]+) -->\n).*?(<!-- /table:\2 -->)", re.DOTALL)
 MARK = re.compile(r"<!-- /?table:[^>]*>")

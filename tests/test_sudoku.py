@@ -7,13 +7,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import seeded
+from conftest import random_dit, seeded
 
 import checkpoint
 import sudoku
 from data import BadInput
 from experiments.orders import choose, write
 from experiments.sudoku_story import perfect_grids, puzzles_of
+from generator import sample
 from sudoku import Puzzles, score, solutions, symmetric, units, write_examples
 from teacher import Masked
 
@@ -204,7 +205,8 @@ def test_empty_learns_no_puzzle(tmp_path, monkeypatch):
         sudoku.main(["--out", str(tmp_path), "--empty", "--puzzle", "12" + "." * 14])
 
 
-@pytest.mark.parametrize("rule", ["token", "entropy", "gumbel", "apart", "exclusive", "units"])
+@pytest.mark.parametrize("rule", ["token", "token_ties", "entropy", "gumbel", "apart", "exclusive",
+                                  "units"])
 def test_orders_choose_as_many_as_are_due(rule):
     """Of the positions that are left; `units` no two cells of a row, while it can."""
     rng = seeded(0)
@@ -250,6 +252,19 @@ def test_orders_draw_tokens_apart_from_times(rule):
     net.device = torch.device("cpu")
     tokens = write(net, Masked(5), torch.full((100, 32), -1), 2, rule, 4, seed=0)
     assert abs(tokens.mean() - 1.5) < 0.1                  # 5 standard deviations
+
+
+@pytest.mark.parametrize("steps", [1, 4, 15])
+def test_token_is_the_order_confident(steps):
+    """Of equal seeds the same texts, to the token."""
+    net = random_dit(5, seeded(0))
+    prompt = torch.full((30, 16), -1)
+    prompt[:, 0] = 1
+    tokens = write(net, Masked(5), prompt, steps, "token", 4, seed=3)
+    chosen = sample(net, Masked(5), 30, 16, steps, seeded(3), order="confident", prompt=prompt)
+    assert np.array_equal(tokens, chosen.tokens.numpy())
+    other = write(net, Masked(5), prompt, steps, "token", 4, seed=4)
+    assert not np.array_equal(tokens, other)
 
 
 @pytest.mark.parametrize("flags, said", [
