@@ -7,7 +7,7 @@ flag goes before both. train.py prints what holds.
 import math
 
 PRESETS = {
-    # 2 CPU cores, five to seven minutes for everything. Characters of Shakespeare.
+    # 2 CPU cores, three to seven minutes for everything. Characters of Shakespeare.
     "laptop": dict(
         data="data/shakespeare.txt", tokenizer="char", block_size=64, wrap_eos=False,
         size="3x4x96", dropout=0.0, batch_size=64, micro_batch=64, save_every=100,
