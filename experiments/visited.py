@@ -4,10 +4,10 @@
     python experiments/visited.py --seed 1            five minutes of a CPU core
 
 In training each cell of x_tilde is [MASK] with probability t_tilde: `random`, as published.
-Sampling in another order visits other states. So here ceil(16 t_tilde) cells are [MASK], those that an order
-uncovers last: `shuffled`, `even`, or `confident`, where at each of eight passes the cells are
-uncovered of whose own digit the frozen teacher is surest. Any law of the latent is allowed (the
-loss holds at p_theta whatever eps is), so nothing else changes. Grids without puzzles.
+Sampling in another order visits other states. So here ceil(16 t_tilde) cells are [MASK], those
+that an order uncovers last: `shuffled`, `even`, or `confident`, where at each of eight passes the
+cells are uncovered of whose own digit the frozen teacher is surest. Any law of the latent is
+allowed (the loss holds at p_theta whatever eps is), so nothing else changes. Grids without puzzles.
 """
 import argparse
 import random
