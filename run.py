@@ -295,8 +295,11 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         meta = self.meta | checkpoint.provenance(s.seed, s.device) | changeable(s) | {
             "step": step, "defining": defining(s, self.data), "ema": state["ema"]}
-        checkpoint.save(s.path, meta)       # first: a kill in between repeats some steps
-        checkpoint.save(s.path.with_suffix(".resume.pt"), meta | {"state": state})
+        files = [(s.path, meta), (s.path.with_suffix(".resume.pt"), meta | {"state": state})]
+        if not s.path.exists():             # a kill in between repeats some steps, but at first it
+            files.reverse()                 # would leave nothing to resume from
+        for path, value in files:
+            checkpoint.save(path, value)
 
     @torch.no_grad()
     def show(self, step):

@@ -157,8 +157,9 @@ def score(grids, n):                        # (N, n * n) digits -> record
         mixed = (q + 1 / 288) / 2
         js = (math.log(1 / 288) + xlogx(q).sum() + (1 - q.sum()) * math.log(2)) / 2
         record["js"] = js - xlogx(mixed).sum()
-        q_valid = q / max(q.sum(), 1e-9)
-        record |= {"kl": math.log(288) + xlogx(q_valid).sum(), "seen": (q > 0).mean()}
+        if q.any():
+            record["kl"] = math.log(288) + xlogx(q / q.sum()).sum()
+        record["seen"] = (q > 0).mean()
     return record
 
 
@@ -185,12 +186,8 @@ def main(argv=None):
     if args.puzzle and not re.fullmatch(f"[.1-{n}]{{{n * n}}}", args.puzzle):
         raise BadInput(f"--puzzle {args.puzzle} has {len(args.puzzle)} cells: give {n * n}, each a "
                        f"dot or a digit up to {n}, or another --size")
-    path = args.out / "examples.tsv"
-    if not path.exists():
-        write_examples(path, n, random.Random(args.seed))
-    data = Puzzles(str(path), "char", 2 * n * n, cache=args.out)
     from experiments.sudoku_story import story
-    story(args, flags, data)
+    story(args, flags)
 
 
 if __name__ == "__main__":

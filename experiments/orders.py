@@ -30,6 +30,7 @@ import torch                                                         # noqa: E40
 from tqdm import tqdm                                                # noqa: E402
 
 import checkpoint                                                    # noqa: E402
+from data import BadInput                                            # noqa: E402
 from evaluate import Measure, append_records, held_out, load_models  # noqa: E402
 from evaluate import ngram_of, parse_args, records_table             # noqa: E402
 from experiments.sudoku_story import prompts_of, train_all           # noqa: E402
@@ -137,8 +138,8 @@ def main(argv=None):
     p = checkpoint.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--out", type=Path)
     p.add_argument("--text", type=Path)
-    p.add_argument("--num_texts", type=int, default=512)
-    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--num_texts", type=checkpoint.number(int, 16), default=512)
+    p.add_argument("--seed", type=checkpoint.number(int, 0, 2 ** 32 - 1), default=1)
     p.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     p.add_argument("--records", type=Path, default="out/orders.json")
     args, flags = p.parse_known_args(argv)
@@ -152,9 +153,15 @@ def main(argv=None):
         process = Masked(nets["teacher"].config.vocab_size)
     elif args.out:
         nets = {}
+        if not (args.out / "idlm.pt").exists():
+            raise BadInput(f"{args.out} holds no idlm.pt: run python sudoku.py --size 9 first, and "
+                           "name its folder")
         for model in "teacher", "idlm":
             nets[model], meta = checkpoint.load_network(args.out / f"{model}.pt",
                                                         checkpoint.pick_device(None))
+        if meta["block_size"] not in (1 + n * n, 2 * n * n):
+            raise BadInput(f"{args.out} is of texts of {meta['block_size']} tokens, not of 9 x 9 "
+                           "grids: name a folder of sudoku.py --size 9")
         process = checkpoint.make_process(meta)
         prompt = prompt[:, -meta["block_size"]:]           # --empty: one dot before the grid
     else:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What sudoku.py makes of its examples: networks, table, two pictures."""
 import copy
+import json
 import math
 import random
 from functools import partial
@@ -20,7 +21,7 @@ from experiments.measures import wilson
 from generator import ORDERS, reveal_steps, sample
 from model import DiT, ModelConfig
 from run import Run, joined
-from sudoku import NUM_GRIDS, as_text, score, solutions, units
+from sudoku import NUM_GRIDS, Puzzles, as_text, score, solutions, units, write_examples
 from teacher import Masked, Uniform, duo_loss, mdlm_loss
 
 COLORS = "black", "tab:red", "tab:blue", "tab:green", "tab:orange"
@@ -102,15 +103,18 @@ class SmallRun(Run):
     show = save
 
 
-def train_all(args, flags, data):           # -> {model: network}
-    nets = {}
+def models_of(args):                        # -> {model: flags}
     models = MODELS[args.size]
     if args.size == 9 and args.empty:
         models = models | LONGER
-    for model, own in models.items():
+    stages = train.STAGES[args.process]
+    return {model: own for model, own in models.items() if model.split()[0] in stages}
+
+
+def train_all(args, flags, data):           # -> {model: network}
+    nets = {}
+    for model, own in models_of(args).items():
         stage = model.split()[0]
-        if stage not in train.STAGES[args.process]:
-            continue
         out, sources = args.out, []
         if args.size == 9 and model != stage:              # a variant, in a folder of its own
             out /= model.replace(" ", "-")
@@ -330,12 +334,54 @@ def save(figure, path):
     print(f"wrote {path}")
 
 
-def story(args, flags, data):
+def refuse(args, flags):
+    """Bad input, before anything is written or trained."""
     n = args.size
-    if args.empty:
-        if args.puzzle:
-            raise BadInput("--empty learns no puzzles: leave --puzzle out")
-        data = Grids(data)
+    if args.empty and args.puzzle:
+        raise BadInput("--empty learns no puzzles: leave --puzzle out")
+    digits = np.array(digits_of(args.puzzle or ""))
+    for unit in units(n) if args.puzzle else ():
+        values, counts = np.unique(digits[unit][digits[unit] > 0], return_counts=True)
+        if (counts > 1).any():
+            raise BadInput(f"--puzzle has the digit {values[counts > 1][0]} twice in a row, column "
+                           "or box: no grid solves it")
+    given = train.parse_args(flags)
+    for name in "stage data tokenizer block_size init_from start_from resume".split():
+        if getattr(given, name):
+            raise BadInput(f"--{name} {getattr(given, name)} is not for sudoku.py, which sets it "
+                           "itself: leave it out")
+    for model, own in models_of(args).items():
+        options = train.parse_args([f"--process={args.process}", *PRESET[n].split(), *own.split(),
+                                    *flags])
+        train.settings_of(options, model.split()[0])
+
+
+def claim(args):
+    """A folder holds the grids of one size, process and seed, which settings.json says."""
+    mine = {"size": args.size, "process": args.process, "empty": args.empty, "seed": args.seed}
+    path = args.out / "settings.json"
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if theirs != mine:
+            raise BadInput(f"{args.out} was begun with {theirs}, not {mine}: choose another folder "
+                           "with --out")
+    else:
+        checkpoint.write_json(path, mine)
+
+
+def story(args, flags):
+    refuse(args, flags)
+    with checkpoint.lock_folder(args.out / "story"):       # train.py locks args.out itself
+        claim(args)
+        path = args.out / "examples.tsv"
+        if not path.exists():
+            write_examples(path, args.size, random.Random(args.seed))
+        data = Puzzles(str(path), "char", 2 * args.size ** 2, cache=args.out)
+        tell(args, flags, Grids(data) if args.empty else data)
+
+
+def tell(args, flags, data):
+    n = args.size
     process = Masked(data.K + 1) if args.process == "mdlm" else Uniform(data.K)
     nets = train_all(args, flags, data)
     records = evaluate(args, nets, process, data)
@@ -352,5 +398,6 @@ def story(args, flags, data):
                                 args.seed, None)
         grid = tokens[:, n * n:] - 1
         rules = score(grid, n)["rules"]
-        print(f"{args.puzzle}\n{''.join(map(str, grid[0]))}  {rules:.0%} of the rules kept")
+        written = as_text(np.where((grid[0] >= 1) & (grid[0] <= n), grid[0], 0))
+        print(f"{args.puzzle}\n{written}  {rules:.0%} of the rules kept")
     print(f"wrote {args.out / 'sudoku.json'}")

@@ -81,8 +81,8 @@ def train_one(seed, data, stage, teacher=None):
 
 def main(argv=None):
     p = checkpoint.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--num_texts", type=int, default=5000)
+    p.add_argument("--seed", type=checkpoint.number(int, 0, 2 ** 32 - 1), default=1)
+    p.add_argument("--num_texts", type=checkpoint.number(int, 16), default=5000)
     p.add_argument("--records", type=Path, default="out/visited.json")
     args = p.parse_args(argv)
     folder = Path(f"out/visited/{args.seed}")

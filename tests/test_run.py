@@ -220,11 +220,8 @@ def test_resume_gives_the_same_bits(flags, runs, blind, monkeypatch):
     assert set(a["state"]) == {"ema", "main", "main_optimizer"} | parts[args.stage]
 
 
-@pytest.mark.parametrize("module, name", [(torch, "save"), (os, "replace")])
-@pytest.mark.parametrize("number", [3, 4])
-def test_a_kill_while_saving(module, name, number, tiny, trained, blind, monkeypatch):
-    """Of the files of step 4, the first or the second is cut: halfway, or before it gets its name.
-    What is there is whole, and the run ends with the same bits."""
+def kill_while_saving(monkeypatch, module, name, number):
+    """A run of which the file of this number is cut: halfway, or before it gets its name."""
     inner = getattr(module, name)
     calls = []
 
@@ -241,9 +238,26 @@ def test_a_kill_while_saving(module, name, number, tiny, trained, blind, monkeyp
         patch.setattr(module, name, dying)
         with pytest.raises(Killed):
             run_train("--stage teacher")
+
+
+@pytest.mark.parametrize("module, name", [(torch, "save"), (os, "replace")])
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_kill_while_saving(module, name, number, tiny, trained, blind, monkeypatch):
+    """Of the files of step 4, the first or the second is cut. What is there is whole, and the run
+    ends with the same bits."""
+    kill_while_saving(monkeypatch, module, name, number)
     steps = [load(f"mdlm/teacher{suffix}")["step"] for suffix in (".pt", ".resume.pt")]
     assert steps == [3 if number == 3 else 4, 3]
     checkpoint.load_network("out/mdlm/teacher.pt")
+    run_train("--stage teacher --resume")
+    whole = checkpoint.load(trained / "out/mdlm/teacher.resume.pt")
+    assert_same(load("mdlm/teacher.resume.pt")["state"], whole["state"])
+
+
+def test_a_kill_at_the_first_save(tiny, trained, blind, monkeypatch):
+    """What is needed to resume is there first."""
+    kill_while_saving(monkeypatch, os, "replace", 2)
+    assert [path.name for path in Path("out/mdlm").glob("teacher*.pt")] == ["teacher.resume.pt"]
     run_train("--stage teacher --resume")
     whole = checkpoint.load(trained / "out/mdlm/teacher.resume.pt")
     assert_same(load("mdlm/teacher.resume.pt")["state"], whole["state"])

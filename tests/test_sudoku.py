@@ -269,7 +269,23 @@ def test_token_is_the_order_confident(steps):
 
 @pytest.mark.parametrize("flags, said", [
     (["--puzzle", "1234"], "4 cells"), (["--puzzle", "5" + "." * 15], "a digit up to 4"),
-    (["--size", "5"], "invalid choice"), (["--seed", "-1"], "not in 0")])
-def test_bad_input(flags, said):
+    (["--size", "5"], "invalid choice"), (["--seed", "-1"], "not in 0"),
+    (["--puzzle", "1...1..........."], "digit 1 twice"), (["--size", "9", "--typo", "3"], "typo"),
+    (["--block_size", "20"], "leave it out"), (["--lr", "-1"], "not in 0")])
+def test_bad_input(flags, said, tmp_path):
+    """Said before anything is written."""
+    out = tmp_path / "out"
     with pytest.raises(BadInput, match=said):
-        sudoku.main(flags)
+        sudoku.main([*flags, "--out", str(out)])
+    assert not out.exists()
+
+
+def test_a_folder_holds_one_run(tmp_path):
+    from argparse import Namespace
+    from experiments.sudoku_story import claim
+    mine = dict(size=4, process="mdlm", empty=False, seed=1, out=tmp_path)
+    claim(Namespace(**mine))
+    claim(Namespace(**mine))
+    for other in {"size": 9}, {"process": "duo"}, {"empty": True}, {"seed": 2}:
+        with pytest.raises(BadInput, match="was begun with .* choose another folder"):
+            claim(Namespace(**mine | other))
