@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Sudoku: a text is right or wrong, and the law of all right ones is known. No metric to please.
 
-    python sudoku.py                4 x 4, five minutes on two CPU cores: examples, table and
+    python sudoku.py                4 x 4, three minutes on two CPU cores: examples, table and
                                     pictures in out/sudoku4-mdlm
     python sudoku.py --size 9       9 x 9, twenty minutes on a GPU
     python sudoku.py --empty        grids alone: no puzzles, half of the length

@@ -18,7 +18,6 @@ At each pass as many positions as are due, those with the largest score:
     units        `entropy`, no two of a row, column or box: an oracle's, for comparison
 """
 import argparse
-import random
 import sys
 from functools import partial
 from itertools import product
@@ -33,10 +32,11 @@ import checkpoint                                                    # noqa: E40
 from data import BadInput                                            # noqa: E402
 from evaluate import Measure, append_records, held_out, load_models  # noqa: E402
 from evaluate import ngram_of, parse_args, records_table             # noqa: E402
-from experiments.sudoku_story import prompts_of, train_all           # noqa: E402
+from experiments.sudoku_story import examples_in, prompts_of         # noqa: E402
+from experiments.sudoku_story import train_all                       # noqa: E402
 from generator import ORDERS, reveal_steps                           # noqa: E402
 from rows import sample_categorical                                  # noqa: E402
-from sudoku import Puzzles, score, units, write_examples             # noqa: E402
+from sudoku import score, units                                      # noqa: E402
 from teacher import Masked                                           # noqa: E402
 
 RULES = "random shuffled even token token_ties entropy gumbel apart exclusive units".split()
@@ -143,6 +143,8 @@ def main(argv=None):
     p.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
     p.add_argument("--records", type=Path, default="out/orders.json")
     args, flags = p.parse_known_args(argv)
+    if flags and (args.out or args.text):
+        p.error(f"unrecognized arguments: {' '.join(flags)}: nothing is trained here")
     n = 9 if args.out else 4
     steps, rules = STEPS[n], args.rules
     prompt = prompts_of(torch.zeros(args.num_texts, n * n, dtype=torch.int64))
@@ -165,11 +167,8 @@ def main(argv=None):
         process = checkpoint.make_process(meta)
         prompt = prompt[:, -meta["block_size"]:]           # --empty: one dot before the grid
     else:
-        args.out, args.size, args.process = Path("out/orders"), 4, "mdlm"
-        path = args.out / "examples.tsv"
-        if not path.exists():
-            write_examples(path, 4, random.Random(args.seed))
-        data = Puzzles(str(path), "char", 32, cache=args.out)
+        args.out, args.size, args.process = Path(f"out/orders/{args.seed}"), 4, "mdlm"
+        data = examples_in(args.out, 4, args.seed)
         nets = train_all(args, flags, data)
         del nets["idlm independent"]
         process = Masked(data.K + 1)

@@ -44,7 +44,14 @@ MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
 LONGER = {"idlm long": "--updates 3000 --lr 1e-4 --batch_size 256 --micro_batch 256"}
 
 
-# ---- data without puzzles -----------------------------------------------------------------------
+# ---- data, with puzzles and without -------------------------------------------------------------
+
+def examples_in(folder, n, seed):           # -> Puzzles, written where there are none
+    path = folder / "examples.tsv"
+    if not path.exists():
+        write_examples(path, n, random.Random(seed))
+    return Puzzles(str(path), "char", 2 * n * n, cache=folder)
+
 
 class Grids:
     """Puzzles' grids behind one dot: no clues, and half of the length. The dot stays, as rotary
@@ -111,6 +118,22 @@ def models_of(args):                        # -> {model: flags}
     return {model: own for model, own in models.items() if model.split()[0] in stages}
 
 
+def options_of(args, own, flags, *more):    # of a model with flags of its own
+    return train.parse_args([f"--process={args.process}", f"--seed={args.seed}", *more,
+                             *PRESET[args.size].split(), *own.split(), *flags])
+
+
+def train_small(s, data, teacher=None):     # -> GridNet
+    s.teacher = s.start = teacher
+    s.sources = {}
+    run = SmallRun(s, data)
+    if s.stage == "idlm":
+        train.distil(s, run, data)
+    else:
+        train.train(s, run, data)
+    return run.optim.ema
+
+
 def train_all(args, flags, data):           # -> {model: network}
     nets = {}
     for model, own in models_of(args).items():
@@ -121,24 +144,15 @@ def train_all(args, flags, data):           # -> {model: network}
             start = args.out / ("dcd.pt" if args.process == "duo" else "teacher.pt")
             sources = [f"--stage={stage}", f"--init_from={args.out / 'teacher.pt'}",
                        f"--start_from={start}"]
-        options = train.parse_args([
-            f"--process={args.process}", f"--out={out}", f"--data={data.source}",
-            f"--block_size={data.block_size}", f"--seed={args.seed}", *sources,
-            *PRESET[args.size].split(), *own.split(), *flags])
+        options = options_of(args, own, flags, f"--out={out}", f"--data={data.source}",
+                             f"--block_size={data.block_size}", *sources)
         s = train.settings_of(options, stage)
         with joined(s):
             if args.size == 9:
                 train.run_stage(options, stage, data)
                 nets[model], _ = checkpoint.load_network(out / f"{stage}.pt", s.device)
-                continue
-            s.teacher = s.start = nets.get("teacher")
-            s.sources = {}
-            run = SmallRun(s, data)
-            if stage == "idlm":
-                train.distil(s, run, data)
             else:
-                train.train(s, run, data)
-            nets[model] = run.optim.ema
+                nets[model] = train_small(s, data, nets.get("teacher"))
     return nets
 
 
@@ -336,11 +350,10 @@ def save(figure, path):
 
 def refuse(args, flags):
     """Bad input, before anything is written or trained."""
-    n = args.size
     if args.empty and args.puzzle:
         raise BadInput("--empty learns no puzzles: leave --puzzle out")
-    digits = np.array(digits_of(args.puzzle or ""))
-    for unit in units(n) if args.puzzle else ():
+    digits = np.array(digits_of(args.puzzle or "." * args.size ** 2))
+    for unit in units(args.size):
         values, counts = np.unique(digits[unit][digits[unit] > 0], return_counts=True)
         if (counts > 1).any():
             raise BadInput(f"--puzzle has the digit {values[counts > 1][0]} twice in a row, column "
@@ -351,9 +364,7 @@ def refuse(args, flags):
             raise BadInput(f"--{name} {getattr(given, name)} is not for sudoku.py, which sets it "
                            "itself: leave it out")
     for model, own in models_of(args).items():
-        options = train.parse_args([f"--process={args.process}", *PRESET[n].split(), *own.split(),
-                                    *flags])
-        train.settings_of(options, model.split()[0])
+        train.settings_of(options_of(args, own, flags), model.split()[0])
 
 
 def claim(args):
@@ -373,10 +384,7 @@ def story(args, flags):
     refuse(args, flags)
     with checkpoint.lock_folder(args.out / "story"):       # train.py locks args.out itself
         claim(args)
-        path = args.out / "examples.tsv"
-        if not path.exists():
-            write_examples(path, args.size, random.Random(args.seed))
-        data = Puzzles(str(path), "char", 2 * args.size ** 2, cache=args.out)
+        data = examples_in(args.out, args.size, args.seed)
         tell(args, flags, Grids(data) if args.empty else data)
 
 

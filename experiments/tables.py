@@ -240,8 +240,8 @@ def fill(text, page, results):
         for file in (TABLES[name].file or name).split():
             path = Path(results, file + ".json")
             if not path.exists():
-                raise BadInput(f"{page} has a table {name!r} and there is no {path}: run the script "
-                               "of experiments/ that writes it")
+                raise BadInput(f"{page} has a table {name!r} and there is no {path}: run the "
+                               "script of experiments/ that writes it")
             records += read_records(path)
         if " " in TABLES[name].file:        # what two files time stands side by side
             records = side_by_side(records)

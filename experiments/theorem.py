@@ -4,7 +4,8 @@
     python experiments/theorem.py         half a minute
 
 `exact_gap` takes laws of one to three tokens; tests/test_theorem.py holds it to the two KLs.
-`mixture_log_prob` estimates the likelihood of longer texts. The law here is toy.py's, of two tokens. Without the fake's term the descent ends on few texts.
+`mixture_log_prob` estimates the likelihood of longer texts. The law here is toy.py's,
+of two tokens. Without the fake's term the descent ends on few texts.
 """
 import math
 import sys

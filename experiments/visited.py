@@ -10,7 +10,6 @@ cells are uncovered of whose own digit the frozen teacher is surest. Any law of 
 allowed (the loss holds at p_theta whatever eps is), so nothing else changes. Grids without puzzles.
 """
 import argparse
-import random
 import sys
 from itertools import product
 from pathlib import Path
@@ -23,10 +22,11 @@ from tqdm import tqdm                                                # noqa: E40
 import checkpoint                                                    # noqa: E402
 import train                                                         # noqa: E402
 from evaluate import append_records, records_table, write_texts      # noqa: E402
-from experiments.sudoku_story import MODELS, PRESET, Grids           # noqa: E402
-from experiments.sudoku_story import SmallRun, empty_prompts         # noqa: E402
+from experiments.sudoku_story import MODELS, Grids, empty_prompts    # noqa: E402
+from experiments.sudoku_story import examples_in, options_of         # noqa: E402
+from experiments.sudoku_story import train_small                     # noqa: E402
 from generator import Latent, draw_latent, reveal_steps              # noqa: E402
-from sudoku import Puzzles, score, write_examples                    # noqa: E402
+from sudoku import score                                             # noqa: E402
 from teacher import Masked                                           # noqa: E402
 
 CELLS = 16
@@ -66,36 +66,27 @@ def latent_of(order, teacher):
     return draw_latent if order == "random" else draw
 
 
-def train_one(seed, data, stage, teacher=None):
-    options = train.parse_args([f"--out=out/visited/{seed}", f"--data={data.source}",
-                                f"--block_size={data.block_size}", f"--seed={seed}", "--device=cpu",
-                                *PRESET[4].split(), *MODELS[4][stage].split()])
-    s = train.settings_of(options, stage)
-    s.teacher = s.start = teacher
-    s.sources = {}
-    run = SmallRun(s, data)
-    loop = train.distil if teacher else train.train
-    loop(s, run, data)
-    return run.optim.ema
-
-
 def main(argv=None):
     p = checkpoint.Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--seed", type=checkpoint.number(int, 0, 2 ** 32 - 1), default=1)
     p.add_argument("--num_texts", type=checkpoint.number(int, 16), default=5000)
     p.add_argument("--records", type=Path, default="out/visited.json")
     args = p.parse_args(argv)
+    args.size, args.process = 4, "mdlm"
     folder = Path(f"out/visited/{args.seed}")
-    path = folder / "examples.tsv"
-    if not path.exists():
-        write_examples(path, 4, random.Random(args.seed))
-    data = Grids(Puzzles(str(path), "char", 2 * CELLS, cache=folder))
+    data = Grids(examples_in(folder, 4, args.seed))
     process = Masked(data.K + 1)
-    teacher = train_one(args.seed, data, "teacher")
+
+    def settings(stage):
+        options = options_of(args, MODELS[4][stage], ["--device=cpu"], f"--out={folder}",
+                             f"--data={data.source}", f"--block_size={data.block_size}")
+        return train.settings_of(options, stage)
+
+    teacher = train_small(settings("teacher"), data)
     nets = {}
     for order in "random", "shuffled", "even", "confident":
         train.draw_latent = latent_of(order, teacher)
-        nets[order] = train_one(args.seed, data, "idlm", teacher)
+        nets[order] = train_small(settings("idlm"), data, teacher)
     train.draw_latent = draw_latent
     blank = empty_prompts(data, args.num_texts, 4)
     where = checkpoint.provenance(args.seed, teacher.device)

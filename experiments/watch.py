@@ -6,7 +6,8 @@
 
 One frame a network pass: what the pass revealed is in colour, spaces too; a mask is a dot. Lines
 break where the finished text breaks them, so no character moves from frame to frame. On a CPU in
-float32: `sample.py --device cpu --dtype float32 --init_from MODEL`, else the same, prints that text.
+float32, so `sample.py --device cpu --dtype float32 --init_from MODEL`, else the same, prints that
+text.
 """
 import argparse
 import re

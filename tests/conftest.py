@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"         # so small, two threads wait; and children compute equal bits
+os.environ["OMP_NUM_THREADS"] = "1"         # so small, two would wait; and children compute alike
 
 import pytest                                                        # noqa: E402
 import torch                                                         # noqa: E402
