@@ -15,9 +15,10 @@ To reuse: copy this file, teacher.py, gaussian.py, idlm_loss.py and rows.py.
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import logsigmoid
 
 from idlm_loss import token_bonus, weigh_token
-from rows import cross_entropy, draw_tokens, flat_rows, per_row, sample_categorical
+from rows import cross_entropy, draw_tokens, entry, flat_rows, per_row, sample_categorical
 from rows import to_device, uniforms, upcast
 from teacher import Masked
 
@@ -154,17 +155,19 @@ def draw(logits, u, temperature, top_p):                   # (N, K), (N,) -> (N,
 
 def draw_with_log_prob(logits, u, temperature, top_p):     # (N, K), (N,) -> (N, 2)
     """The token and its log-probability in the network's own row. Not in the row it is drawn from:
-    at a low temperature or top_p every token there is certain."""
+    at a low temperature or top_p every token there is certain. By the log-odds, as float32 rounds
+    p = 1 - 1e-8 to 1."""
     token = draw(logits, u, temperature, top_p)
-    return torch.stack([token, -cross_entropy(logits, token)], -1)
+    rest = upcast(logits).scatter(-1, token[:, None], -torch.inf).logsumexp(-1)
+    return torch.stack([token, logsigmoid(entry(logits, token)[:, 0] - rest)], -1)
 
 
 def surest(drawn, where, due):                             # (N, 2), (B, L), (B,)
     """Of what draw_with_log_prob drew at the N positions `where`, each text's `due` likeliest
     tokens. -> their positions (B, L) bool, the tokens (M,)"""
     log_p = torch.full(where.shape, -torch.inf)
-    log_p[where] = drawn[:, 1].float().cpu()
-    rank = log_p.argsort(-1, descending=True).argsort(-1)
+    log_p[where] = drawn[:, 1].to(log_p)
+    rank = (-log_p).argsort(dim=-1, stable=True).argsort(-1)
     chosen = rank < due[:, None]
     return chosen, drawn[flat_rows(chosen[where], drawn.device), 0].long()
 

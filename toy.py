@@ -49,8 +49,7 @@ def eight_modes():
     axis = torch.arange(K).double() - (K - 1) / 2
     first, second = torch.meshgrid(axis, axis, indexing="ij")
     r = first.hypot(second)
-    angle = torch.atan2(second, first)
-    p = (2 * (8 * angle).cos() - 2 - (r - 17) ** 2 / 4.5).exp()
+    p = (2 * (8 * torch.atan2(second, first)).cos() - 2 - (r - 17) ** 2 / 4.5).exp()
     p = torch.where(p > 0.03 * p.max(), p, 0)
     return p / p.sum()
 
@@ -96,10 +95,9 @@ def law(net, process, steps, rng):
     for i in range(steps):
         t = torch.tensor([1 - i / steps, 1 - (i + 1) / steps], dtype=torch.float64)
         alpha_t, alpha_s = process.alpha(t)[0]
-        x = (P > 0).nonzero()
-        copies = 2 ** 15 if len(net.projection) else 1  # then a single pass
-        weight = P[tuple(x.T)].repeat(copies) / copies
-        x = x.repeat(copies, 1)
+        copies = 2 ** 15 if len(net.projection) else 1     # then a single pass
+        x = (P > 0).nonzero().repeat(copies, 1)
+        weight = P[tuple(x.T)] / copies
         sigma = process.sigma(t[:1]).float().expand(len(x))
         logits = net.project(net.hidden(x, sigma, net.draw_z(len(x), rng)))
         rows = process.log_probs(logits.double(), x).exp()
@@ -128,11 +126,11 @@ def scores(P, p):                                          # of P against p: see
 # ---- training -----------------------------------------------------------------------------------
 
 def step(loss, optimizer, lr):
-    parameters = optimizer.param_groups[0]["params"]
-    optimizer.param_groups[0]["lr"] = lr
+    group, = optimizer.param_groups
+    group["lr"] = lr
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(parameters, 1.0)
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
 
 

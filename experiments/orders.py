@@ -11,6 +11,7 @@ At each pass as many positions as are due, those with the largest score:
     even         every n-th one (generator.py)
     token        log-probability of the token drawn there: LLaDA's and MaskGIT's
     token_ties   the same in float32, where sure tokens are level and the first of them goes first
+    token_any    the same in float32, and any of the sure tokens goes first
     entropy      minus the entropy of the row: looks at the state, not at the draw
     gumbel       `entropy` plus Gumbel noise
     apart        `entropy`, one of each of as many stretches of the text as are due
@@ -39,7 +40,8 @@ from rows import sample_categorical                                  # noqa: E40
 from sudoku import score, units                                      # noqa: E402
 from teacher import Masked                                           # noqa: E402
 
-RULES = "random shuffled even token token_ties entropy gumbel apart exclusive units".split()
+RULES = ("random shuffled even token token_ties token_any entropy gumbel apart exclusive "
+         "units").split()
 STEPS = {4: [4, 8, 16], 9: [4, 8, 16, 32, 81]}
 
 
@@ -64,8 +66,10 @@ def choose(rule, log_p, tokens, left, due, n):             # -> (B, L) bool
     B, L, K = log_p.shape
     p = log_p.exp()
     scores = (p * log_p).sum(-1)                           # -entropy
-    if rule in ("token", "token_ties"):
+    if rule.startswith("token"):
         scores = log_p.gather(-1, tokens[..., None])[..., 0]
+    if rule == "token_any":                 # far less than one step of float32 sets them apart
+        scores = scores.double() + 1e-9 * torch.rand_like(scores)
     if rule == "gumbel":
         scores = scores - torch.rand_like(scores).log().neg().log()
     scores = scores.masked_fill(~left, -torch.inf)
@@ -110,7 +114,7 @@ def write(net, process, prompt, steps, rule, n, seed):
         if rule in ORDERS:
             is_chosen = left & (step_of == i)
         else:
-            if rule == "token_ties":
+            if rule in ("token_ties", "token_any"):
                 logits = logits.float()
             log_p = logits - logits.logsumexp(-1, keepdim=True)          # as generator.py has it
             due = left.sum(1) // (steps - i)

@@ -541,6 +541,30 @@ def test_confident_order_in_other_precisions(dtype, rng):
     assert out.tokens.min() >= 0 and out.tokens.max() < 8 and (out.nfe == 4).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sure_tokens_keep_their_rank(dtype):
+    """log p where float32 rounds p itself to 1, and of a token that all but cannot be drawn: exact,
+    so sure tokens are not level and every drawn one is ahead of what is not wanted (-inf)."""
+    logits = torch.zeros(6, 4, dtype=dtype)
+    logits[:, 2] = torch.tensor([10, 20, 30, 50, 90, -150])
+    drawn = draw_with_log_prob(logits, torch.full((6,), 0.5, **f64), 1.0, 1.0)
+    assert drawn[:5, 0].tolist() == [2] * 5
+    exact = -torch.log1p(3 * (-logits[:5, 2].double()).exp())
+    torch.testing.assert_close(drawn[:5, 1].double(), exact, rtol=1e-5, atol=0)
+    hot = draw_with_log_prob(logits[5:], torch.tensor([0.52], **f64), 1000.0, 1.0)
+    assert hot[0, 0] == 2 and abs(hot[0, 1] + 150 + math.log(3)) < 1e-3
+
+
+def test_of_level_tokens_the_first_stay():
+    """Not whichever the processor's sort puts first: equal seeds give equal texts on another one."""
+    where = torch.ones(2, 82, dtype=torch.bool)
+    where[:, 0] = False
+    drawn = torch.tensor([[7.0, 0.0]]).repeat(162, 1)
+    chosen, tokens = surest(drawn, where, torch.tensor([3, 40]))
+    assert [row.nonzero()[:, 0].tolist() for row in chosen] == [[1, 2, 3], [*range(1, 41)]]
+    assert tokens.tolist() == [7] * 43
+
+
 def test_who_stays_whatever_f_is_needs_no_head(rng):
     """Uniform process at 100 steps: the head runs at a tenth of all positions. On paper the sum of
     the steps' bounds is about 2 log(1 / alpha(1)) = 14 passes' worth."""

@@ -205,7 +205,7 @@ def test_empty_learns_no_puzzle(tmp_path, monkeypatch):
         sudoku.main(["--out", str(tmp_path), "--empty", "--puzzle", "12" + "." * 14])
 
 
-@pytest.mark.parametrize("rule", ["token", "token_ties", "entropy", "gumbel", "apart", "exclusive",
+@pytest.mark.parametrize("rule", ["token", "token_ties", "token_any", "entropy", "gumbel", "apart", "exclusive",
                                   "units"])
 def test_orders_choose_as_many_as_are_due(rule):
     """Of the positions that are left; `units` no two cells of a row, while it can."""
