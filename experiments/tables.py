@@ -65,6 +65,11 @@ def is_grid(size):                          # with fewer than four passes hardly
     return lambda record: record["size"] == size and record.get("steps", 4) >= 4
 
 
+def is_empty_9(record):                     # of variants 16 steps are enough
+    is_variant = record["model"] in ("idlm long", "idlm slow")
+    return is_grid(9)(record) and (record.get("steps") == 16 or not is_variant)
+
+
 def is_empty_4(record):                     # of the masked process
     is_wanted = record["model"] in ("teacher", "idlm") and record["steps"] >= 4
     return record["size"] == 4 and is_wanted and record["order"] in ("random", "shuffled")
@@ -118,8 +123,9 @@ TABLES = {
                      is_puzzle, "sudoku"),
     "sudoku_empty_4": Table("model order steps", "excess rules valid js kl seen", is_empty_4,
                             "sudoku_empty"),
-    "sudoku_empty_9": Table("model order steps", "passes excess rules valid entropy agreement",
-                            is_grid(9), "sudoku_empty"),
+    "sudoku_empty_9": Table("process model order ending steps",
+                            "passes excess rules valid entropy agreement", is_empty_9,
+                            "sudoku_empty"),
     "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
     "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
     "orders_empty": Table("model order steps", OF_ORDERS),

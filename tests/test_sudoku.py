@@ -163,8 +163,10 @@ def test_story(flags, tmp_path, capsys, monkeypatch):
         assert (tmp_path / picture).stat().st_size > 5000
 
 
-def test_story_9(tmp_path, monkeypatch):
-    """Through train.py's folders; a variant has one of its own."""
+@pytest.mark.parametrize("process, models", [
+    ("mdlm", ["teacher", "idlm", "idlm slow"]), ("duo", ["teacher", "dcd", "idlm"])])
+def test_story_9(process, models, tmp_path, monkeypatch):
+    """Through train.py's folders; a variant, of the masked process, has one of its own."""
     from experiments import sudoku_story
     monkeypatch.setattr(sudoku, "NUM_EXAMPLES", {9: 400})
     monkeypatch.setattr(sudoku_story, "STEPS", {9: [2]})
@@ -172,14 +174,15 @@ def test_story_9(tmp_path, monkeypatch):
     small = "--updates 1 --batch_size 4 --size 1x1x8"
     monkeypatch.setattr(sudoku_story, "MODELS", {9: {
         "teacher": small, "dcd": small, "idlm": small}})
-    monkeypatch.setattr(sudoku_story, "LONGER", {"idlm slow": small + " --lr 1e-5"})
-    sudoku.main(["--size", "9", "--process", "duo", "--out", str(tmp_path), "--num_texts", "16",
+    monkeypatch.setattr(sudoku_story, "VARIANTS", {"idlm slow": small + " --lr 1e-5"})
+    sudoku.main(["--size", "9", "--process", process, "--out", str(tmp_path), "--num_texts", "16",
                  "--device", "cpu", "--empty"])
     records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
-    assert [r["model"] for r in records[1::2]] == ["teacher", "dcd", "idlm", "idlm slow"]
-    slow = checkpoint.load(tmp_path / "idlm-slow/idlm.pt")
-    assert slow["lr"] == 1e-5 and slow["start"] == str(tmp_path / "dcd.pt")
-    assert slow["block_size"] == 82
+    assert list(dict.fromkeys(r["model"] for r in records)) == ["real grids", *models]
+    if process == "mdlm":
+        slow = checkpoint.load(tmp_path / "idlm-slow/idlm.pt")
+        assert slow["lr"] == 1e-5 and slow["start"] == str(tmp_path / "teacher.pt")
+        assert slow["block_size"] == 82
     assert (tmp_path / "rules.png").stat().st_size > 5000
 
 
