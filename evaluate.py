@@ -268,9 +268,8 @@ def write_texts(net, process, prompts, steps, seed, dtype, **choice):
     In batches of fixed size, each with a generator made from (seed, batch): memory is bounded
     whatever N is, and more texts leave the first batches as they are.
     """
-    size = max(1, BATCH_TOKENS // prompts.shape[1])
     batches = []
-    for i, part in enumerate(prompts.split(size)):
+    for i, part in enumerate(prompts.split(max(1, BATCH_TOKENS // prompts.shape[1]))):
         state = np.random.SeedSequence([seed, i]).generate_state(1)  # 32 bits: torch reads no more
         rng = torch.Generator().manual_seed(state.item())
         with checkpoint.prepare(net, dtype):

@@ -141,6 +141,7 @@ def begin(s, data):
         raise BadInput(f"{source} is no run of this program: move it away, or {other}")
     step = saved["step"]
     before = saved | saved["defining"]
+    is_past = s.updates <= step
     for name, value in (defining(s, data) | changeable(s)).items():
         begun = before.get(name)
         if begun == value:
@@ -148,10 +149,11 @@ def begin(s, data):
         if name not in CHANGEABLE:
             raise BadInput(f"{path} was begun with {name} {begun}, not {value}: repeat its flags "
                            f"(data {saved['data']}, teacher {saved.get('teacher')}), or {other}")
-        print(f"{s.stage}: {name} was {begun} to step {step}, from there on {value}")
-    if path.exists() and step >= saved["updates"] and s.updates <= step:
+        if not is_past:
+            print(f"{s.stage}: {name} was {begun} to step {step}, from there on {value}")
+    if path.exists() and step >= saved["updates"] and is_past:
         return True, saved
-    if not s.resume or s.updates <= step or "state" not in saved:
+    if not s.resume or is_past or "state" not in saved:
         raise BadInput(f"{path} is at step {step} of {saved['updates']}: go on with --resume, "
                        f"--updates above {step} and its .resume.pt beside it, or {other}")
     return False, saved

@@ -53,11 +53,12 @@ def of_few_passes(record):                  # and what has none: real text
     return record.get("steps", 4) <= 16 and record.get("ending") != "map"
 
 
-def of_sudoku(record):                      # eight rows, all of 16 passes
+def of_sudoku(record):                      # eight rows, all of 16 passes; 9 x 9 without puzzles
     wanted = {(4, "mdlm"): ("teacher", "idlm", "idlm independent"), (4, "duo"): ("teacher", "idlm"),
               (9, "mdlm"): ("idlm",), (9, "duo"): ("teacher", "idlm")}
     choice = record.get("order") or record.get("ending")
     is_wanted = record["model"] in wanted[record["size"], record["process"]]
+    is_wanted = is_wanted and record.get("empty", False) == (record["size"] == 9)
     return is_wanted and record["steps"] == 16 and choice in ("random", "ancestral")
 
 
@@ -114,7 +115,7 @@ TABLES = {
     "curves": Table("model order steps", "passes gen_ppl entropy distinct4 repetition overlap "
                     "known_words mauve", at_temperature_1, file="headline_curves"),
     "sudoku": Table("size process model order ending steps", "rules valid entropy js seen",
-                    of_sudoku),
+                    of_sudoku, "sudoku sudoku_empty"),
     "sudoku_4": Table("process model order ending steps", "passes excess rules valid entropy "
                       "agreement js kl seen solved_8 solved_6 solved_5", is_grid(4), "sudoku"),
     "sudoku_9": Table("process model order ending steps",
@@ -129,6 +130,7 @@ TABLES = {
     "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
     "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
     "orders_empty": Table("model order steps", OF_ORDERS),
+    "ties": Table("model order steps", "rules valid entropy agreement js seen", has("steps", 16)),
     "visited": Table("states order steps", "rules valid entropy js seen"),
     "orders_text": Table("model order steps", "bits_per_char entropy distinct4 repetition "
                          "known_words", file="orders_text"),
@@ -249,7 +251,7 @@ def fill(text, page, results):
                 raise BadInput(f"{page} has a table {name!r} and there is no {path}: run the "
                                "script of experiments/ that writes it")
             records += read_records(path)
-        if " " in TABLES[name].file:        # what two files time stands side by side
+        if "code" in records[0]:            # what two files time stands side by side
             records = side_by_side(records)
         return begin + table_of(name, TABLES[name], records) + end
 

@@ -130,6 +130,12 @@ def test_the_same_text_in_another_file_is_the_same_data(runs, capsys):
     assert "is finished: kept" in capsys.readouterr().out
 
 
+def test_a_finished_stage_announces_no_change(runs, capsys):
+    run_train("--stage teacher --lr 2e-3")
+    said = capsys.readouterr().out
+    assert "is finished: kept" in said and "from there on" not in said
+
+
 def test_more_updates_go_on(runs, capsys):
     """With --resume alone; what changes is said."""
     refused(lambda: run_train("--stage teacher --updates 6"), "step 4 of 4", "--resume")
