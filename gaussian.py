@@ -49,8 +49,7 @@ def alpha_of_gamma(gamma, K):                              # (n,) -> alpha, dalp
     # dP / dm = E[(K - 1) Phi^(K - 2) phi], all terms positive, and dm / dgamma = -m / 2
     is_tied = normal(m + xi) * ((K - 2) * log_Phi).exp()
     dP_dm = (density * is_tied).sum(-1) * step * (K - 1)
-    dm_dgamma = -m[:, 0] / 2
-    slope = dP_dm * dm_dgamma * K / (K - 1)
+    slope = dP_dm * -m[:, 0] / 2 * K / (K - 1)
     return alpha.clamp(0, 1), slope
 
 

@@ -149,8 +149,8 @@ def begin(s, data):
         if name not in CHANGEABLE:
             raise BadInput(f"{path} was begun with {name} {begun}, not {value}: repeat its flags "
                            f"(data {saved['data']}, teacher {saved.get('teacher')}), or {other}")
-        if not is_past:
-            print(f"{s.stage}: {name} was {begun} to step {step}, from there on {value}")
+        change = "" if is_past else f", from there on {value}"
+        print(f"{s.stage}: {name} was {begun} to step {step}{change}")
     if path.exists() and step >= saved["updates"] and is_past:
         return True, saved
     if not s.resume or is_past or "state" not in saved:

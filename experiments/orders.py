@@ -116,7 +116,7 @@ def write(net, process, prompt, steps, rule, n, seed):
         else:
             if rule in ("token_ties", "token_any"):
                 logits = logits.float()
-            log_p = logits - logits.logsumexp(-1, keepdim=True)          # as generator.py has it
+            log_p = logits - logits.logsumexp(-1, keepdim=True)
             due = left.sum(1) // (steps - i)
             is_chosen = choose(rule, log_p, tokens, left, due, n)
         x = torch.where(is_chosen, tokens, x)
@@ -144,7 +144,8 @@ def main(argv=None):
     p.add_argument("--text", type=Path)
     p.add_argument("--num_texts", type=checkpoint.number(int, 16), default=512)
     p.add_argument("--seed", type=checkpoint.number(int, 0, 2 ** 32 - 1), default=1)
-    p.add_argument("--rules", nargs="+", choices=RULES, default=RULES)
+    p.add_argument("--rules", nargs="+", choices=RULES, help="default: all but ties",
+                   default=[rule for rule in RULES if "_" not in rule])
     p.add_argument("--records", type=Path, default="out/orders.json")
     args, flags = p.parse_known_args(argv)
     if flags and (args.out or args.text):

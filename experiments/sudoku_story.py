@@ -40,7 +40,7 @@ MODELS = {4: {"teacher": "--updates 2500 --lr 3e-3 --ema 0.998",
                          "--size 8x8x512",
               "dcd": "--updates 1500 --batch_size 256 --micro_batch 256",
               "idlm": "--updates 1500 --lr 1e-4 --batch_size 256 --micro_batch 256"}}
-# 9 x 9 --empty, masked: twice the updates, and a third of the rate. docs/sudoku.md says why.
+# 9 x 9 --empty, masked, whose generator misses an aim of docs/sudoku.md: two remedies.
 VARIANTS = {"idlm long": "--updates 3000 --lr 1e-4 --batch_size 256 --micro_batch 256",
             "idlm slow": "--updates 1500 --lr 3e-5 --batch_size 256 --micro_batch 256"}
 

@@ -130,10 +130,11 @@ def test_the_same_text_in_another_file_is_the_same_data(runs, capsys):
     assert "is finished: kept" in capsys.readouterr().out
 
 
-def test_a_finished_stage_announces_no_change(runs, capsys):
+def test_a_finished_stage_says_what_it_was_trained_with(runs, capsys):
+    """Not that it goes on with another rate."""
     run_train("--stage teacher --lr 2e-3")
     said = capsys.readouterr().out
-    assert "is finished: kept" in said and "from there on" not in said
+    assert "teacher: lr was 0.01 to step 4\n" in said and "is finished: kept" in said
 
 
 def test_more_updates_go_on(runs, capsys):

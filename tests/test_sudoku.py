@@ -183,6 +183,8 @@ def test_story_9(process, models, tmp_path, monkeypatch):
         slow = checkpoint.load(tmp_path / "idlm-slow/idlm.pt")
         assert slow["lr"] == 1e-5 and slow["start"] == str(tmp_path / "teacher.pt")
         assert slow["block_size"] == 82
+    else:
+        assert checkpoint.load(tmp_path / "idlm.pt")["start"] == str(tmp_path / "dcd.pt")
     assert (tmp_path / "rules.png").stat().st_size > 5000
 
 
@@ -208,8 +210,8 @@ def test_empty_learns_no_puzzle(tmp_path, monkeypatch):
         sudoku.main(["--out", str(tmp_path), "--empty", "--puzzle", "12" + "." * 14])
 
 
-@pytest.mark.parametrize("rule", ["token", "token_ties", "token_any", "entropy", "gumbel", "apart", "exclusive",
-                                  "units"])
+@pytest.mark.parametrize("rule", ["token", "token_ties", "token_any", "entropy", "gumbel", "apart",
+                                  "exclusive", "units"])
 def test_orders_choose_as_many_as_are_due(rule):
     """Of the positions that are left; `units` no two cells of a row, while it can."""
     rng = seeded(0)
@@ -255,6 +257,21 @@ def test_orders_draw_tokens_apart_from_times(rule):
     net.device = torch.device("cpu")
     tokens = write(net, Masked(5), torch.full((100, 32), -1), 2, rule, 4, seed=0)
     assert abs(tokens.mean() - 1.5) < 0.1                  # 5 standard deviations
+
+
+@pytest.mark.parametrize("rule, dtype, goes_first", [
+    ("token", torch.float64, [0, 0, 200, 0]), ("token_ties", torch.float32, [200, 0, 0, 0]),
+    ("token_any", torch.float32, None)])
+def test_orders_of_level_tokens(rule, dtype, goes_first):
+    """Tokens that float32 takes for certain: the surest one, the first one, any."""
+    logits = torch.zeros(200, 4, 2, dtype=dtype)
+    logits[..., 1] = torch.tensor([30, 32, 35, 34])
+    log_p = logits - logits.logsumexp(-1, keepdim=True)
+    all_left = torch.ones(200, 4, dtype=torch.bool)
+    torch.manual_seed(0)
+    chosen = choose(rule, log_p, all_left.long(), all_left, torch.ones(200).long(), 9)
+    counts = chosen.sum(0)
+    assert counts.tolist() == goes_first if goes_first else (counts > 30).all()
 
 
 @pytest.mark.parametrize("steps", [1, 4, 15])
