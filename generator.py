@@ -74,19 +74,23 @@ def sample(net, process, num_texts, length, steps, rng, *, temperature=1.0, top_
     """Write num_texts texts of `length` tokens in at most `steps` network passes.
 
     net       a DiT: the teacher, or the generator in its place
-    rng       a CPU torch.Generator: equal seeds give equal texts
+    rng       a CPU torch.Generator: equal seeds give equal texts, on one machine
     order     masked process: 'random' positions, as published; 'even': every n-th one;
               'shuffled': random ones, equally many a pass;
               'confident': draw at every [MASK], then keep the likeliest tokens, as many as are
-              due (MaskGIT, arXiv 2202.04200, without its noise); the head runs at every [MASK]
+              due, level ones from left to right (MaskGIT, arXiv 2202.04200, without its noise);
+              the head runs at every [MASK]
     ending    uniform process, last step: 'ancestral'; 'greedy', the likeliest token of the
               network's row, as published; 'map', the likeliest of G (idlm_loss.py)
     prompt    (length,) or (num_texts, length) tokens, -1 where the model writes; the rest stays
     callback  called with (step, x_t (B, L)) after every step, for showing
     """
-    if steps < 1 or order not in ORDERS or ending not in ENDINGS:
-        raise ValueError(f"steps {steps}, order {order!r}, ending {ending!r}: give steps from 1 "
-                         f"up, an order of {ORDERS} and an ending of {ENDINGS}")
+    if (steps < 1 or order not in ORDERS or ending not in ENDINGS or temperature <= 0
+            or not 0 < top_p <= 1):
+        raise ValueError(f"steps {steps}, order {order!r}, ending {ending!r}, temperature "
+                         f"{temperature}, top_p {top_p}: give steps from 1 up, an order of "
+                         f"{ORDERS}, an ending of {ENDINGS}, a temperature above 0 and a top_p "
+                         "above 0, at most 1")
     if prompt is None:
         prompt = torch.full((length,), -1)
     is_free = (prompt < 0).expand(num_texts, length)
@@ -176,9 +180,9 @@ def sample_masked(net, process, x, is_masked, steps, rng, law, order, callback):
     """Reveal first, draw second: the head runs at revealed positions alone, and texts that reveal
     nothing take no pass. No joint float32 draw over tokens *and* [MASK], which would reveal too
     rarely and too greedily (arXiv 2409.02908). `confident` has to draw at every [MASK] first."""
-    nfe = torch.zeros(len(x), dtype=torch.int64)
+    nfe = torch.zeros(len(x)).long()
     left = is_masked.clone()
-    all_equal = bool(left.all())
+    all_equal = left.all()
     is_sure = order == "confident"
     formula = draw_with_log_prob if is_sure else draw
     if not is_sure:
@@ -240,7 +244,7 @@ def sample_uniform(net, process, x, is_free, steps, rng, law, ending, callback):
     probability at most (by_f + by_chance) / (1 - alpha_t), whatever the network says, so tokens
     above that bound need no head, and texts with none below it no pass. The last step takes all."""
     device = x.device
-    nfe = torch.zeros(len(x), dtype=torch.int64)
+    nfe = torch.zeros(len(x)).long()
     times = 1 - torch.arange(steps + 1, dtype=torch.float64) / steps
     for i in range(steps):
         t = times[i:i + 2]

@@ -5,7 +5,8 @@
     python sample.py --model teacher --steps 256       its teacher
     python sample.py --prompt "ROMEO:" --num_samples 4
     python sample.py --prompt "ROMEO:{40}\\nJULIET:"   {40}: 40 tokens for the model to fill in
-    python sample.py --prompts FILE                    of a prompt a line; prints prompt TAB answer
+    python sample.py --prompts FILE                    of a prompt a line; prints prompt TAB answer,
+                                                       whose newlines stay
     python sample.py --steps 16 --watch                the masks fall away in the terminal
     python sample.py --order shuffled                  masked: random positions, equally many a pass;
                                                        even: every n-th one; confident: the surest
@@ -16,7 +17,7 @@
 A prompt stays where it is and is never changed; the model writes everything else of the block. The
 first line printed names passes, seconds, seed and checkpoint. Your own out/<process>/idlm.pt is
 preferred; without one the small networks that come with the repository answer. Equal seeds give
-equal texts for one --num_samples; another number draws other texts.
+equal texts for one --num_samples, device and --dtype; another number draws other texts.
 """
 import argparse
 import re

@@ -34,7 +34,7 @@ from data import BadInput                                            # noqa: E40
 from evaluate import Measure, append_records, held_out, load_models  # noqa: E402
 from evaluate import ngram_of, parse_args, records_table             # noqa: E402
 from experiments.sudoku_story import examples_in, prompts_of         # noqa: E402
-from experiments.sudoku_story import train_all                       # noqa: E402
+from experiments.sudoku_story import refuse, train_all               # noqa: E402
 from generator import ORDERS, reveal_steps                           # noqa: E402
 from rows import sample_categorical                                  # noqa: E402
 from sudoku import score, units                                      # noqa: E402
@@ -129,8 +129,9 @@ def score_grids(n, tokens):
     return score(tokens[:, -n * n:] - 1, n)
 
 
-def read_text_models(args):                 # -> {model: network}, scores(tokens), prompt
-    models, data = load_models(parse_args([f"--out={args.text}"]), checkpoint.pick_device(None))
+def read_text_models(args, flags):          # -> {model: network}, scores(tokens), prompt
+    options = parse_args([f"--out={args.text}", *flags])
+    models, data = load_models(options, checkpoint.pick_device(None))
     _, reference, prompt = held_out(data, args.num_texts)
     base = {"seed": args.seed, "judge": "ngram"}
     measure = Measure(data, {"": ngram_of(data)}, reference, base, ["known_words"])
@@ -148,7 +149,9 @@ def main(argv=None):
                    default=[rule for rule in RULES if "_" not in rule])
     p.add_argument("--records", type=Path, default="out/orders.json")
     args, flags = p.parse_known_args(argv)
-    if flags and (args.out or args.text):
+    if args.out and args.text:
+        p.error("--out is of 9 x 9 grids, --text of texts: give one of the two")
+    if flags and args.out:
         p.error(f"unrecognized arguments: {' '.join(flags)}: nothing is trained here")
     n = 9 if args.out else 4
     steps, rules = STEPS[n], args.rules
@@ -156,8 +159,8 @@ def main(argv=None):
     scores = partial(score_grids, n)
     if args.text:
         rules = [rule for rule in rules if rule != "units"]
-        nets, scores, prompt = read_text_models(args)
-        process = Masked(nets["teacher"].config.vocab_size)
+        nets, scores, prompt = read_text_models(args, flags)
+        process = Masked(next(iter(nets.values())).config.vocab_size)
     elif args.out:
         nets = {}
         if not (args.out / "idlm.pt").exists():
@@ -173,6 +176,8 @@ def main(argv=None):
         prompt = prompt[:, -meta["block_size"]:]           # --empty: one dot before the grid
     else:
         args.out, args.size, args.process = Path(f"out/orders/{args.seed}"), 4, "mdlm"
+        args.empty, args.puzzle = False, None
+        refuse(args, flags)
         data = examples_in(args.out, 4, args.seed)
         nets = train_all(args, flags, data)
         del nets["idlm independent"]
@@ -184,7 +189,7 @@ def main(argv=None):
         records.append({"model": model, "order": rule, "steps": number} | scores(tokens))
     print(records_table(records, "model order steps bits_per_char rules valid entropy distinct4 "
                                  "repetition known_words agreement js kl seen"))
-    where = checkpoint.provenance(args.seed, nets["teacher"].device)
+    where = checkpoint.provenance(args.seed, next(iter(nets.values())).device)
     if not args.text:
         where["size"] = n
     append_records(args.records, [where | record for record in records])

@@ -153,6 +153,9 @@ def train_all(args, flags, data):           # -> {model: network}
                 nets[model], _ = checkpoint.load_network(out / f"{stage}.pt", s.device)
             else:
                 nets[model] = train_small(s, data, nets.get("teacher"))
+    if args.size == 4:
+        for net in nets.values():           # after --dtype float64, too
+            net.float()
     return nets
 
 
@@ -358,10 +361,13 @@ def refuse(args, flags):
         if (counts > 1).any():
             raise BadInput(f"--puzzle has the digit {values[counts > 1][0]} twice in a row, column "
                            "or box: no grid solves it")
-    given = train.parse_args(flags)
+    given = train.parse_args([f"--process={args.process}", *flags])
+    if given.process != args.process:
+        raise BadInput(f"--process {given.process} is not for this script, which is of "
+                       f"{args.process}: leave it out")
     for name in "stage data tokenizer block_size init_from start_from resume".split():
         if getattr(given, name):
-            raise BadInput(f"--{name} {getattr(given, name)} is not for sudoku.py, which sets it "
+            raise BadInput(f"--{name} {getattr(given, name)} is not for this script, which sets it "
                            "itself: leave it out")
     for model, own in models_of(args).items():
         train.settings_of(options_of(args, own, flags), model.split()[0])
@@ -385,7 +391,13 @@ def story(args, flags):
     with checkpoint.lock_folder(args.out / "story"):       # train.py locks args.out itself
         claim(args)
         data = examples_in(args.out, args.size, args.seed)
-        tell(args, flags, Grids(data) if args.empty else data)
+        try:
+            tell(args, flags, Grids(data) if args.empty else data)
+        except KeyboardInterrupt:
+            if args.size == 9:
+                raise
+            raise BadInput("stopped by Ctrl-C: networks of 4 x 4 are not kept, so start it "
+                           "again") from None
 
 
 def tell(args, flags, data):

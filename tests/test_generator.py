@@ -435,7 +435,9 @@ def test_training_mode_is_put_back(rng):
 
 @pytest.mark.parametrize("steps, more, sentence", [
     (0, {}, "steps 0"), (-3, {}, "steps -3"), (2, {"order": "evn"}, "order 'evn'"),
-    (2, {"ending": "gready"}, "ending 'gready'")])
+    (2, {"ending": "gready"}, "ending 'gready'"), (2, {"temperature": 0}, "temperature 0"),
+    (2, {"temperature": -1.0}, "temperature -1.0"), (2, {"top_p": 0}, "top_p 0"),
+    (2, {"top_p": 1.5}, "top_p 1.5")])
 def test_unknown_settings_are_refused(steps, more, sentence, rng):
     with pytest.raises(ValueError, match=sentence):
         sample(masked_table(rng), MASKED, 2, L, steps, rng, **more)
@@ -556,7 +558,7 @@ def test_sure_tokens_keep_their_rank(dtype):
 
 
 def test_of_level_tokens_the_first_stay():
-    """Not whichever the processor's sort puts first: equal seeds give equal texts on another one."""
+    """Not whichever the processor's sort puts first."""
     where = torch.ones(2, 82, dtype=torch.bool)
     where[:, 0] = False
     drawn = torch.tensor([[7.0, 0.0]]).repeat(162, 1)

@@ -12,6 +12,7 @@ from conftest import random_dit, seeded
 import checkpoint
 import sudoku
 from data import BadInput
+from experiments import orders
 from experiments.orders import choose, write
 from experiments.sudoku_story import perfect_grids, puzzles_of
 from generator import sample
@@ -285,6 +286,29 @@ def test_token_is_the_order_confident(steps):
     assert np.array_equal(tokens, chosen.tokens.numpy())
     other = write(net, Masked(5), prompt, steps, "token", 4, seed=4)
     assert not np.array_equal(tokens, other)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--process", "duo"], "--process duo is not for this script"),
+    (["--data", "x.tsv"], "--data x.tsv is not"), (["--resume"], "--resume True is not"),
+    (["--text", "a", "--out", "b"], "one of the two"), (["--out", "b", "--lr", "1"], "unrecog")])
+def test_orders_refuses(flags, said, tmp_path, monkeypatch, capsys):
+    """Before anything is written or trained."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((BadInput, SystemExit)) as error:
+        orders.main(flags)
+    assert said in str(error.value) + capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_a_run_that_keeps_nothing(tmp_path, monkeypatch):
+    from experiments import sudoku_story
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sudoku, "NUM_EXAMPLES", {4: 288})
+    monkeypatch.setattr(sudoku_story, "tell", stop)
+    with pytest.raises(BadInput, match="stopped by Ctrl-C: .* start it again"):
+        sudoku.main(["--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("flags, said", [
