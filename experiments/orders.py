@@ -189,7 +189,7 @@ def main(argv=None):
         records.append({"model": model, "order": rule, "steps": number} | scores(tokens))
     print(records_table(records, "model order steps bits_per_char rules valid entropy distinct4 "
                                  "repetition known_words agreement js kl seen"))
-    where = checkpoint.provenance(args.seed, next(iter(nets.values())).device)
+    where = checkpoint.provenance(args.seed, nets[model].device)
     if not args.text:
         where["size"] = n
     append_records(args.records, [where | record for record in records])

@@ -302,6 +302,7 @@ def test_orders_refuses(flags, said, tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_in_a_run_that_keeps_nothing(tmp_path, monkeypatch):
     from experiments import sudoku_story
+
     def stop(*args):
         raise KeyboardInterrupt
 
