@@ -82,6 +82,15 @@ def is_puzzle(record):                      # 9 x 9
     return record["size"] == 9 and choice in chosen and record["steps"] in (1, 2, 4, 8, 16)
 
 
+def is_order_9(record):                     # those of ties have a table of their own
+    return record["size"] == 9 and record["order"] not in ("token_ties", "token_any")
+
+
+def is_tie_9(record):                       # all three rules on the same networks
+    is_wanted = record["order"].startswith("token") and record["seed"] in (2, 3)
+    return record["size"] == 9 and record["steps"] == 81 and is_wanted
+
+
 def has(key, value):                        # -> a function: is it so in this record?
     return lambda record: record[key] == value
 
@@ -128,9 +137,10 @@ TABLES = {
                             "passes excess rules valid entropy agreement", is_empty_9,
                             "sudoku_empty"),
     "orders_4": Table("model order steps", OF_ORDERS, has("size", 4), "orders"),
-    "orders_9": Table("model order steps", OF_ORDERS, has("size", 9), "orders"),
+    "orders_9": Table("model order steps", OF_ORDERS, is_order_9, "orders"),
     "orders_empty": Table("model order steps", OF_ORDERS),
     "ties": Table("model order steps", "rules valid entropy agreement js seen", has("steps", 16)),
+    "ties_9": Table("model order steps", OF_ORDERS, is_tie_9, "orders"),
     "visited": Table("states order steps", "rules valid entropy js seen"),
     "orders_text": Table("model order steps", "bits_per_char entropy distinct4 repetition "
                          "known_words", file="orders_text"),
