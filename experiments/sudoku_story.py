@@ -291,7 +291,7 @@ def draw_rules(records, path):
     models = list(dict.fromkeys(model for model, _ in lines))
     choices = list(dict.fromkeys(choice for _, choice in lines))
     for name, axis in zip(names, axes):
-        axis.axhline(records[0][name], color="black", linestyle="--", linewidth=1)
+        axis.axhline(records[0][name], color="gray", linestyle="--", linewidth=1)
         for (model, choice), points in lines.items():
             if " " in model and choice != choices[0]:      # of variants one line is enough
                 continue
@@ -303,8 +303,8 @@ def draw_rules(records, path):
         axis.set(xlabel="network passes", ylim=(0, None),
                  ylabel="share of rules kept" if name == "rules" else "JS to the flat law, nats")
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5),
-                    title="dashed: real grids")
+    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=4,
+                    title="gray, dashed: real grids")
     save(figure, path)
 
 

@@ -86,9 +86,9 @@ def is_order_9(record):                     # those of ties have a table of thei
     return record["size"] == 9 and record["order"] not in ("token_ties", "token_any")
 
 
-def is_tie_9(record):                       # all three rules on the same networks
-    is_wanted = record["order"].startswith("token") and record["seed"] in (2, 3)
-    return record["size"] == 9 and record["steps"] == 81 and is_wanted
+def is_tie_9(record):                       # token, token_ties, token_any
+    is_wanted = record["size"] == 9 and record["steps"] == 81
+    return is_wanted and record["order"].startswith("token")
 
 
 def has(key, value):                        # -> a function: is it so in this record?
