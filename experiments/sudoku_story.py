@@ -277,19 +277,24 @@ def evaluate(args, nets, process, data):    # -> records
 # ---- pictures -----------------------------------------------------------------------------------
 
 def draw_rules(records, path):
-    """Share of the rules kept against passes, real grids dashed; 4 x 4: beside it JS, which sees
-    what the rules do not. Readable without colour."""
-    names = ["rules", "js"] if "js" in records[0] else ["rules"]
-    figure = Figure((4 + 4 * len(names), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    """Against passes, real grids dashed: share of the rules kept, and beside it what the rules do
+    not see: JS of 4 x 4, share of grids valid of 9 x 9. Readable without colour."""
+    names = {"rules": "share of rules kept"}
+    if "js" in records[0]:
+        names["js"] = "JS to the flat law, nats"
+    else:
+        names["valid"] = "share of grids valid"
+    figure = Figure((12, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(names))
     lines = {}
     for record in records:
         if "passes" not in record:          # of no network
             continue
         choice = record.get("order") or record.get("ending")
         lines.setdefault((record["model"], choice), []).append(record)
-    models = list(dict.fromkeys(model for model, _ in lines))
+    models = list(dict.fromkeys(["teacher", "idlm", *(model for model, _ in lines)]))
     choices = list(dict.fromkeys(choice for _, choice in lines))
+    ticks = sorted({record["steps"] for record in records if "steps" in record})
     for name, axis in zip(names, axes):
         axis.axhline(records[0][name], color="gray", linestyle="--", linewidth=1)
         for (model, choice), points in lines.items():
@@ -300,9 +305,8 @@ def draw_rules(records, path):
                       linestyle=["-", "--", "-.", ":"][choices.index(choice)],
                       marker="osD^v"[models.index(model)], label=f"{model}, {choice}")
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="network passes", ylim=(0, None),
-                 ylabel="share of rules kept" if name == "rules" else "JS to the flat law, nats")
-        axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set(xlabel="network passes", ylim=(0, None), ylabel=names[name])
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=4,
                     title="gray, dashed: real grids")
     save(figure, path)
