@@ -55,8 +55,8 @@ def run_script(main):
     except BadInput as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped by Ctrl-C{last_line[0]}; what was saved before stays, and "
-                 "train.py goes on from there with --resume")
+        sys.exit(f"{name}: stopped by Ctrl-C{last_line[0]}; what was saved before stays: "
+                 "train.py goes on from it with --resume, sudoku.py --size 9 with the same line")
     except BrokenPipeError:                              # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(name != "sample.py")                    # other work has not been finished
@@ -190,7 +190,8 @@ def load(path):
     """A dict of tensors and plain values; no code that the file may hold is run."""
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"there is no checkpoint at {path}; run python train.py first")
+        raise BadInput(f"there is no checkpoint at {path}; run python train.py first, for a "
+                       "uniform network with --process duo")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

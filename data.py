@@ -142,7 +142,7 @@ def read_pieces(documents, examples):
                             raise ValueError(f"line {i} is not prompt<TAB>answer")
                     yield 0 if examples or i > 1 else number, texts
         except Exception as error:          # not UTF-8, not readable, a torn archive, no string
-            raise BadInput(f"document {number}, {document!s:.300}, is no readable text ({error}); "
+            raise BadInput(f"document {number}, {document!s:.300}, cannot be used ({error}); "
                            "repair or drop it") from None
 
 

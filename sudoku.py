@@ -7,6 +7,7 @@
     python sudoku.py --empty        grids alone: no puzzles, half of the length
     python sudoku.py --process duo  the uniform process; flags that are not ours go on to train.py
     python sudoku.py --puzzle 12..............     train, then solve this one, too
+    python sudoku.py --out FOLDER   a folder keeps one finished story
 
 An example is a puzzle, the prompt, and the grid that solves it, the answer; a dot is an empty cell.
 There are 288 grids of 4 x 4; those of 9 x 9 come from a randomised solver. A training batch takes

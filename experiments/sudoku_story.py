@@ -325,7 +325,7 @@ def draw_filling(nets, process, prompt, n, path, seed, steps=(4, 16), frames=4):
                 sample(nets[model], process, *prompt.shape, number, torch.manual_seed(seed),
                        prompt=prompt, callback=lambda _, x: states.append(x[0, -n * n:].tolist()))
             every = number // frames
-            shown += [(f"pass {i + 1} of {number}", states[i])
+            shown += [(f"step {i + 1} of {number}", states[i])
                       for i in range(every - 1, number, every)]
         for axis, (title, tokens) in zip(axes[row], shown):
             axis.set_title("" if row else title, fontsize=11)
@@ -359,12 +359,16 @@ def refuse(args, flags):
     """Bad input, before anything is written or trained."""
     if args.empty and args.puzzle:
         raise BadInput("--empty learns no puzzles: leave --puzzle out")
+    if args.puzzle == "":
+        raise BadInput(f"--puzzle is empty: give {args.size ** 2} cells, or leave it out")
     digits = np.array(digits_of(args.puzzle or "." * args.size ** 2))
     for unit in units(args.size):
         values, counts = np.unique(digits[unit][digits[unit] > 0], return_counts=True)
         if (counts > 1).any():
             raise BadInput(f"--puzzle has the digit {values[counts > 1][0]} twice in a row, column "
                            "or box: no grid solves it")
+    if args.size == 4 and next(solutions(digits.tolist(), 4, random.Random(0)), None) is None:
+        raise BadInput(f"--puzzle {args.puzzle}: no grid solves it, so change a clue")
     given = train.parse_args([f"--process={args.process}", *flags])
     if given.process != args.process:
         raise BadInput(f"--process {given.process} is not for this script, which is of "
@@ -378,7 +382,8 @@ def refuse(args, flags):
 
 
 def claim(args):
-    """A folder holds the grids of one size, process and seed, which settings.json says."""
+    """A folder holds one story: the grids of one size, process and seed, which settings.json says.
+    A story that was cut short goes on; one that was told, and another program's run, are kept."""
     mine = {"size": args.size, "process": args.process, "empty": args.empty, "seed": args.seed}
     path = args.out / "settings.json"
     if path.exists():
@@ -386,6 +391,13 @@ def claim(args):
         if theirs != mine:
             raise BadInput(f"{args.out} was begun with {theirs}, not {mine}: choose another folder "
                            "with --out")
+        if (args.out / "sudoku.json").exists():
+            raise BadInput(f"{args.out} holds a finished story, sudoku.json and its pictures: "
+                           "choose another folder with --out, or move sudoku.json away to tell it "
+                           "again")
+    elif (args.out / "log.jsonl").exists():
+        raise BadInput(f"{args.out} holds a run of another script, log.jsonl: choose another "
+                       "folder with --out")
     else:
         checkpoint.write_json(path, mine)
 
@@ -423,5 +435,7 @@ def tell(args, flags, data):
         grid = tokens[:, n * n:] - 1
         rules = score(grid, n)["rules"]
         written = as_text(np.where((grid[0] >= 1) & (grid[0] <= n), grid[0], 0))
-        print(f"{args.puzzle}\n{written}  {rules:.0%} of the rules kept")
+        clues = np.array(digits_of(args.puzzle))
+        changed = int(((clues > 0) & (clues != grid[0])).sum())
+        print(f"{args.puzzle}\n{written}  {rules:.0%} of the rules kept, {changed} clues changed")
     print(f"wrote {args.out / 'sudoku.json'}")

@@ -155,6 +155,7 @@ def test_story(flags, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "idlm independent" in printed
     assert ("12.............." in printed) == ("--puzzle" in flags)
+    assert ("clues changed" in printed) == ("--puzzle" in flags)
     records = json.loads((tmp_path / "sudoku.json").read_text(encoding="utf-8"))
     assert records[0]["model"] == "real grids" and records[0]["valid"] == 1
     assert len(records) == 1 + 3 + 3 * 2 and records[-1]["size"] == 4
@@ -315,7 +316,8 @@ def test_ctrl_c_in_a_run_that_keeps_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, said", [
     (["--puzzle", "1234"], "4 cells"), (["--puzzle", "5" + "." * 15], "a digit up to 4"),
     (["--size", "5"], "invalid choice"), (["--seed", "-1"], "not in 0"),
-    (["--puzzle", "1...1..........."], "digit 1 twice"), (["--size", "9", "--typo", "3"], "typo"),
+    (["--puzzle", "1...1..........."], "digit 1 twice"), (["--puzzle", ""], "empty: give 16"),
+    (["--puzzle", "123........4...."], "no grid solves it, so change a clue"), (["--size", "9", "--typo", "3"], "typo"),
     (["--block_size", "20"], "leave it out"), (["--lr", "-1"], "not in 0")])
 def test_bad_input(flags, said, tmp_path):
     """Said before anything is written."""
@@ -334,3 +336,13 @@ def test_a_folder_holds_one_run(tmp_path):
     for other in {"size": 9}, {"process": "duo"}, {"empty": True}, {"seed": 2}:
         with pytest.raises(BadInput, match="was begun with .* choose another folder"):
             claim(Namespace(**mine | other))
+    (tmp_path / "sudoku.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(BadInput, match="holds a finished story.* or move sudoku.json away"):
+        claim(Namespace(**mine))
+
+
+def test_a_run_of_train_py_is_kept(tmp_path):
+    (tmp_path / "log.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(BadInput, match="holds a run of another script, log.jsonl: choose another"):
+        sudoku.main(["--out", str(tmp_path)])
+    assert not (tmp_path / "examples.tsv").exists()
