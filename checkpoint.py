@@ -56,7 +56,7 @@ def run_script(main):
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: stopped by Ctrl-C{last_line[0]}; what was saved before stays: "
-                 "train.py goes on from it with --resume, sudoku.py --size 9 with the same line")
+                 "start again, train.py with --resume")
     except BrokenPipeError:                              # `| head -1`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(name != "sample.py")                    # other work has not been finished

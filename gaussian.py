@@ -46,10 +46,11 @@ def alpha_of_gamma(gamma, K):                              # (n,) -> alpha, dalp
     is_largest = ((K - 1) * log_Phi).exp()
     P = (density * is_largest).sum(-1) * step
     alpha = (K * P - 1) / (K - 1)
-    # dP / dm = E[(K - 1) Phi^(K - 2) phi], all terms positive, and dm / dgamma = -m / 2
+    # dP / dm = (K - 1) E[Phi^(K - 2) phi], all terms positive; the (K - 1) of alpha cancels its own
     is_tied = normal(m + xi) * ((K - 2) * log_Phi).exp()
-    dP_dm = (density * is_tied).sum(-1) * step * (K - 1)
-    slope = dP_dm * -m[:, 0] / 2 * K / (K - 1)
+    dalpha_dm = K * (density * is_tied).sum(-1) * step
+    dm_dgamma = -m[:, 0] / 2
+    slope = dalpha_dm * dm_dgamma
     return alpha.clamp(0, 1), slope
 
 

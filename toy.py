@@ -173,10 +173,11 @@ def distil(teacher, process, rng, updates, kind, latent_dim=0, use_fake=True):
         decay = min(1, 2 - 2 * i / updates)
         if use_fake:
             eps, noise = draw()
-            step(fake_loss(generator, fake, eps, rng, **noise), fake_optimizer, 4e-3 * decay ** 0.5)
+            loss = fake_loss(generator, fake, eps, rng, **noise)
+            step(loss, fake_optimizer, 4e-3 * decay ** 0.5)
         eps, noise = draw()
-        step(generator_loss(generator, fake, teacher, eps, rng, **noise), optimizer,
-             1e-3 * min(i / 20, decay))
+        gap = generator_loss(generator, fake, teacher, eps, rng, **noise)
+        step(gap, optimizer, 1e-3 * min(i / 20, decay))
         for average, new in zip(mean.parameters(), generator.parameters()):
             average.data.lerp_(new.data, max(5 / updates, 1 / (i + 1)))
     return mean
@@ -195,8 +196,8 @@ def run(name, seed, updates):
     results = []
     for model, passes, net in nets:
         P = law(net, process, passes, rng)
-        results.append((P.numpy(), {"process": name, "model": model, "passes": passes,
-                                    **scores(P, p), "seed": seed}))
+        record = {"process": name, "model": model, "passes": passes, **scores(P, p), "seed": seed}
+        results.append((P.numpy(), record))
     return results
 
 

@@ -317,7 +317,8 @@ def test_ctrl_c_in_a_run_that_keeps_nothing(tmp_path, monkeypatch):
     (["--puzzle", "1234"], "4 cells"), (["--puzzle", "5" + "." * 15], "a digit up to 4"),
     (["--size", "5"], "invalid choice"), (["--seed", "-1"], "not in 0"),
     (["--puzzle", "1...1..........."], "digit 1 twice"), (["--puzzle", ""], "empty: give 16"),
-    (["--puzzle", "123........4...."], "no grid solves it, so change a clue"), (["--size", "9", "--typo", "3"], "typo"),
+    (["--puzzle", "123........4...."], "no grid solves it, so change a clue"),
+    (["--size", "9", "--typo", "3"], "typo"),
     (["--block_size", "20"], "leave it out"), (["--lr", "-1"], "not in 0")])
 def test_bad_input(flags, said, tmp_path):
     """Said before anything is written."""
